@@ -1,0 +1,1 @@
+"""The public gRPC API: generated from inference.proto by `make gen`."""

@@ -1,0 +1,1 @@
+"""The scheduler: fronts that speak gRPC and text, and one core that decides."""

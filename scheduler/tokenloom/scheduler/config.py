@@ -1,0 +1,87 @@
+"""The scheduler's configuration, parsed once and handed to each of its processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What one scheduler serves, where, and within which bounds."""
+
+    model: str
+    """A local folder or a Hub id."""
+    run_dir: str
+    """A folder of mode 0700 that holds the ipc sockets."""
+    served_name: str = ""
+    """Name told to clients; empty: the last part of `model`."""
+    listen: str = "127.0.0.1:50051"
+    """Address of the gRPC server; `unix:PATH` is a Unix socket; port 0 picks a free one."""
+    dtype: str = "auto"
+    """`bfloat16`, `float16`, `float32`, or `auto` for the checkpoint's own."""
+    max_model_tokens: int | None = None
+    """Longest prompt + completion; None: what the checkpoint's config allows."""
+    max_num_requests: int = 256
+    """Requests that run at once."""
+    max_step_tokens: int = 2048
+    """Tokens that one step computes at most."""
+    max_waiting_requests: int = 2048
+    """Requests that may wait; one more is refused."""
+    max_waiting_tokens: int = 8 * 1024 * 1024
+    """Prompt tokens that may wait in all; more are refused."""
+    max_stream_buffer_tokens: int = 8192
+    """Tokens kept for a client that does not read; past it the stream is ended."""
+    prefix_cache: bool = True
+    """Whether blocks of finished requests are kept and found again."""
+    grace_s: float = 30.0
+    """After SIGTERM: how long running requests may take to finish."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_num_requests",
+            "max_step_tokens",
+            "max_waiting_requests",
+            "max_waiting_tokens",
+            "max_stream_buffer_tokens",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.max_model_tokens is not None and self.max_model_tokens < 2:
+            raise ConfigError(f"max_model_tokens is {self.max_model_tokens}; it must be at least 2")
+        if self.grace_s < 0:
+            raise ConfigError(f"grace_s is {self.grace_s}; it must not be negative")
+
+    @property
+    def name(self) -> str:
+        """The name told to clients."""
+        return self.served_name or Path(self.model).name
+
+    @property
+    def worker_endpoint(self) -> str:
+        """Where workers connect, as ZeroMQ writes it."""
+        return f"ipc://{self.run_dir}/worker.sock"
+
+    @property
+    def core_endpoint(self) -> str:
+        """Where fronts connect to the core."""
+        return f"ipc://{self.run_dir}/core.sock"
+
+    def to_json(self) -> str:
+        """Returns the configuration as a child process takes it on its command line."""
+        return msgspec.json.encode(self).decode()
+
+    @staticmethod
+    def from_json(text: str) -> SchedulerConfig:
+        """Reads what `to_json` wrote. Raises ConfigError."""
+        try:
+            return msgspec.json.decode(text, type=SchedulerConfig)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"configuration is not readable: {error}") from error
+
+
+class ConfigError(ValueError):
+    """An option has a value that cannot be used."""

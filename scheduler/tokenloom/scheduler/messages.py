@@ -1,0 +1,207 @@
+"""What fronts and the core say to each other: one packed message a step each way.
+
+    front                                core
+      │ ── Attach ──────────────────────▶ │
+      │ ◀──────────────── ModelReady ──── │   at once if ready, again after each epoch
+      │ ── Commands[Submit, Abort …] ───▶ │   all that came up since the last one
+      │ ◀──────────────────── Outputs ─── │   all that a step brought this front
+      │ ◀────────────────── ModelLost ─── │   no worker; requests wait for the next
+
+A front names its streams by integers of its own choice, unique in its life.
+For every Submit the core answers with exactly one of: Refused; or Admitted,
+any number of tokens, then Finished (a request that ends while it waits is
+Finished without being Admitted). After it sent Abort or Stop, the front may
+still receive tokens and a Finished that were under way; Abort of an unknown
+or finished stream is ignored.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeAlias
+
+import msgspec
+
+from tokenloom.wire.messages import SamplingParams, TokenLogprobs
+
+
+class _Message(
+    msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True, forbid_unknown_fields=True
+):
+    """Base of all messages between fronts and core."""
+
+
+class FinishReason(StrEnum):
+    """Why a request reached its end."""
+
+    LENGTH = "length"
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    """The front saw a stop string and sent Stop."""
+    CANCELLED = "cancelled"
+    """The front sent Abort."""
+    FAULT = "fault"
+    """The model's numbers for this request were not finite."""
+
+
+class RefusalReason(StrEnum):
+    """Why the core did not take a request."""
+
+    QUEUE_FULL = "queue_full"
+    """As many requests or prompt tokens wait as may."""
+    TOO_LONG = "too_long"
+    """Prompt + max_tokens exceed the context or the whole KV pool."""
+    NOT_READY = "not_ready"
+    """No worker has loaded the model yet."""
+    DUPLICATE = "duplicate"
+    """The front uses this stream number already."""
+
+
+class Attach(_Message):
+    """A front begins to speak. Its ZeroMQ identity names it."""
+
+    pid: int
+
+
+class Submit(_Message):
+    """A validated request wants to run."""
+
+    stream: int
+    tokens: bytes
+    """int32 [num_prompt_tokens], at least one, all below the vocabulary's size"""
+    max_tokens: int
+    """At least 1; prompt + max_tokens fit the context."""
+    sampling: SamplingParams
+    salt: str
+    """Requests share cached blocks only with requests of the same salt."""
+
+
+class Abort(_Message):
+    """The client left: the request ends now."""
+
+    stream: int
+
+
+class Stop(_Message):
+    """The text of a stream held a stop string: the request ends after `num_tokens` tokens."""
+
+    stream: int
+    num_tokens: int
+
+
+class Inspect(_Message):
+    """Asks for an Inspection (tests and operators)."""
+
+
+class Commands(_Message):
+    """All that came up in a front since its last message."""
+
+    commands: tuple[Submit | Abort | Stop | Inspect, ...]
+
+
+class ModelReady(_Message):
+    """A worker group serves the model."""
+
+    epoch: int
+    vocab_size: int
+    max_model_tokens: int
+    """Longest prompt + completion, the KV pool's size considered."""
+    block_size: int
+    num_blocks: int
+
+
+class ModelLost(_Message):
+    """The worker group is gone; requests wait for the next epoch."""
+
+    reason: str
+
+
+class Refused(_Message):
+    """A Submit was not taken."""
+
+    stream: int
+    reason: RefusalReason
+    detail: str
+    """For the client: quotes the numbers."""
+    retry_after_s: float | None
+    """When it makes sense to try again; None: never as it stands."""
+
+
+class Admitted(_Message):
+    """A request got its slot for the first time."""
+
+    stream: int
+    num_cached_tokens: int
+
+
+class Finished(_Message):
+    """A request reached its end; no token follows."""
+
+    stream: int
+    reason: FinishReason
+    stop_token_id: int | None
+    num_completion_tokens: int
+    queue_s: float | None
+    """None: it never left the queue."""
+    prefill_s: float | None
+    """None: no token came."""
+    decode_s: float | None
+
+
+class Outputs(_Message):
+    """What a step, or a batch of commands, brought the streams of one front.
+
+    To be applied in the order of the fields. A stream occurs at most once in
+    `streams`; the index of its token is the number of tokens it had before.
+    """
+
+    refused: tuple[Refused, ...]
+    admitted: tuple[Admitted, ...]
+    streams: bytes
+    """int64 [num_tokens] stream that gets a token"""
+    tokens: bytes
+    """int32 [num_tokens]"""
+    logprobs: tuple[TokenLogprobs, ...]
+    """`row` is an index into `tokens`."""
+    finished: tuple[Finished, ...]
+
+
+class Inspection(_Message):
+    """The core's state in numbers, and whether its structures agree."""
+
+    epoch: int
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    """Blocks that no request holds, cached ones among them."""
+    num_cached_blocks: int
+    num_steps: int
+    num_dropped_frames: int
+    """Garbage, truncated, oversized or stale frames from workers."""
+    num_preemptions: int
+    violations: tuple[str, ...]
+    """What `check()` found wrong; empty is right."""
+
+
+FromFront: TypeAlias = Attach | Commands
+ToFront: TypeAlias = ModelReady | ModelLost | Outputs | Inspection
+
+_encoder = msgspec.msgpack.Encoder()
+_from_front = msgspec.msgpack.Decoder(FromFront)
+_to_front = msgspec.msgpack.Decoder(ToFront)
+
+
+def encode(message: FromFront | ToFront) -> bytes:
+    """Returns the frame of a message."""
+    return _encoder.encode(message)
+
+
+def decode_from_front(frame: bytes) -> FromFront:
+    """Returns what a front sent. Raises msgspec.DecodeError."""
+    return _from_front.decode(frame)
+
+
+def decode_to_front(frame: bytes) -> ToFront:
+    """Returns what the core sent. Raises msgspec.DecodeError."""
+    return _to_front.decode(frame)
