@@ -15,8 +15,8 @@ class FrameError(ValueError):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_worker = msgspec.msgpack.Decoder(ToWorker)
-_to_core = msgspec.msgpack.Decoder(ToCore)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_core: msgspec.msgpack.Decoder[ToCore] = msgspec.msgpack.Decoder(ToCore)
 
 
 def encode(message: ToWorker | ToCore) -> bytes:

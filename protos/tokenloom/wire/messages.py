@@ -27,10 +27,10 @@ PROTOCOL_VERSION = 1
 class _Message(
     msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """Base of all wire messages."""
+    """Base of all wire messages. Each repeats `frozen`, which type checkers do not inherit."""
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """First frame of a worker process."""
 
     protocol_version: int
@@ -39,7 +39,7 @@ class Hello(_Message):
     device: str
 
 
-class Configure(_Message):
+class Configure(_Message, frozen=True):
     """What the worker loads and how large its state is; opens an epoch."""
 
     epoch: int
@@ -57,7 +57,7 @@ class Configure(_Message):
     """The most tokens that one step computes."""
 
 
-class Progress(_Message):
+class Progress(_Message, frozen=True):
     """A phase of loading advanced. `fraction` is in [0, 1]."""
 
     epoch: int
@@ -65,7 +65,7 @@ class Progress(_Message):
     fraction: float
 
 
-class Ready(_Message):
+class Ready(_Message, frozen=True):
     """The model is loaded and the KV pool allocated; steps may come."""
 
     epoch: int
@@ -79,7 +79,7 @@ class Ready(_Message):
     kv_bytes: int
 
 
-class Failed(_Message):
+class Failed(_Message, frozen=True):
     """The worker cannot go on: the configuration is refused or a step broke it."""
 
     epoch: int
@@ -87,7 +87,7 @@ class Failed(_Message):
     """For the operator's log; never shown to a client."""
 
 
-class SamplingParams(_Message):
+class SamplingParams(_Message, frozen=True):
     """How a slot's tokens are drawn; values are validated before they come here."""
 
     temperature: float
@@ -109,7 +109,7 @@ class SamplingParams(_Message):
     """None: no logprobs at all; 0: of the drawn token alone."""
 
 
-class Admit(_Message):
+class Admit(_Message, frozen=True):
     """A request enters a slot.
 
     `tokens` holds everything known of it: the prompt and, after a preemption,
@@ -124,7 +124,7 @@ class Admit(_Message):
     sampling: SamplingParams
 
 
-class Step(_Message):
+class Step(_Message, frozen=True):
     """One forward pass, told as changes since the step before.
 
     Applied in the order of the fields: slots are released, requests admitted,
@@ -157,7 +157,7 @@ class Step(_Message):
     """uint8 [num_spans] 1: the span reaches the slot's last token, sample the next"""
 
 
-class TokenLogprobs(_Message):
+class TokenLogprobs(_Message, frozen=True):
     """Log probabilities at one sampled token."""
 
     row: int
@@ -169,7 +169,7 @@ class TokenLogprobs(_Message):
     """float32 [num_top]"""
 
 
-class StepDone(_Message):
+class StepDone(_Message, frozen=True):
     """What a step sampled."""
 
     epoch: int
@@ -184,7 +184,7 @@ class StepDone(_Message):
     """Seconds that the step took on the device."""
 
 
-class Shutdown(_Message):
+class Shutdown(_Message, frozen=True):
     """The worker finishes what is in flight and exits with 0."""
 
 

@@ -50,6 +50,11 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.max_step_tokens < self.max_num_requests:
+            raise ConfigError(
+                f"max_step_tokens is {self.max_step_tokens}; it must be at least "
+                f"max_num_requests ({self.max_num_requests}): each running request takes one a step"
+            )
         if self.max_model_tokens is not None and self.max_model_tokens < 2:
             raise ConfigError(f"max_model_tokens is {self.max_model_tokens}; it must be at least 2")
         if self.grace_s < 0:

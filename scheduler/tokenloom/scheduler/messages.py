@@ -28,7 +28,10 @@ from tokenloom.wire.messages import SamplingParams, TokenLogprobs
 class _Message(
     msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """Base of all messages between fronts and core."""
+    """Base of all messages between fronts and core.
+
+    Each repeats `frozen`, which type checkers do not inherit.
+    """
 
 
 class FinishReason(StrEnum):
@@ -49,6 +52,8 @@ class RefusalReason(StrEnum):
 
     QUEUE_FULL = "queue_full"
     """As many requests or prompt tokens wait as may."""
+    INVALID = "invalid"
+    """The front let something through that it should not: an internal error."""
     TOO_LONG = "too_long"
     """Prompt + max_tokens exceed the context or the whole KV pool."""
     NOT_READY = "not_ready"
@@ -57,13 +62,13 @@ class RefusalReason(StrEnum):
     """The front uses this stream number already."""
 
 
-class Attach(_Message):
+class Attach(_Message, frozen=True):
     """A front begins to speak. Its ZeroMQ identity names it."""
 
     pid: int
 
 
-class Submit(_Message):
+class Submit(_Message, frozen=True):
     """A validated request wants to run."""
 
     stream: int
@@ -76,30 +81,30 @@ class Submit(_Message):
     """Requests share cached blocks only with requests of the same salt."""
 
 
-class Abort(_Message):
+class Abort(_Message, frozen=True):
     """The client left: the request ends now."""
 
     stream: int
 
 
-class Stop(_Message):
+class Stop(_Message, frozen=True):
     """The text of a stream held a stop string: the request ends after `num_tokens` tokens."""
 
     stream: int
     num_tokens: int
 
 
-class Inspect(_Message):
+class Inspect(_Message, frozen=True):
     """Asks for an Inspection (tests and operators)."""
 
 
-class Commands(_Message):
+class Commands(_Message, frozen=True):
     """All that came up in a front since its last message."""
 
     commands: tuple[Submit | Abort | Stop | Inspect, ...]
 
 
-class ModelReady(_Message):
+class ModelReady(_Message, frozen=True):
     """A worker group serves the model."""
 
     epoch: int
@@ -110,13 +115,13 @@ class ModelReady(_Message):
     num_blocks: int
 
 
-class ModelLost(_Message):
+class ModelLost(_Message, frozen=True):
     """The worker group is gone; requests wait for the next epoch."""
 
     reason: str
 
 
-class Refused(_Message):
+class Refused(_Message, frozen=True):
     """A Submit was not taken."""
 
     stream: int
@@ -127,14 +132,14 @@ class Refused(_Message):
     """When it makes sense to try again; None: never as it stands."""
 
 
-class Admitted(_Message):
+class Admitted(_Message, frozen=True):
     """A request got its slot for the first time."""
 
     stream: int
     num_cached_tokens: int
 
 
-class Finished(_Message):
+class Finished(_Message, frozen=True):
     """A request reached its end; no token follows."""
 
     stream: int
@@ -148,7 +153,7 @@ class Finished(_Message):
     decode_s: float | None
 
 
-class Outputs(_Message):
+class Outputs(_Message, frozen=True):
     """What a step, or a batch of commands, brought the streams of one front.
 
     To be applied in the order of the fields. A stream occurs at most once in
@@ -166,7 +171,7 @@ class Outputs(_Message):
     finished: tuple[Finished, ...]
 
 
-class Inspection(_Message):
+class Inspection(_Message, frozen=True):
     """The core's state in numbers, and whether its structures agree."""
 
     epoch: int
@@ -188,8 +193,8 @@ FromFront: TypeAlias = Attach | Commands
 ToFront: TypeAlias = ModelReady | ModelLost | Outputs | Inspection
 
 _encoder = msgspec.msgpack.Encoder()
-_from_front = msgspec.msgpack.Decoder(FromFront)
-_to_front = msgspec.msgpack.Decoder(ToFront)
+_from_front: msgspec.msgpack.Decoder[FromFront] = msgspec.msgpack.Decoder(FromFront)
+_to_front: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(ToFront)
 
 
 def encode(message: FromFront | ToFront) -> bytes:

@@ -1,0 +1,60 @@
+"""The core's process: `python -m tokenloom.scheduler.core CONFIG_JSON`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import zmq
+
+from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.core.loop import CoreLoop, bind
+
+
+def main(argv: list[str]) -> int:
+    """Runs a core until SIGTERM or SIGINT. Returns the exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s core %(levelname)s %(message)s", stream=sys.stderr
+    )
+    try:
+        (text,) = argv
+        config = SchedulerConfig.from_json(text)
+        _check_run_dir(Path(config.run_dir))
+    except ValueError as error:
+        sys.stderr.write(f"core cannot start: {error}\n")
+        return 2
+    # A signal writes a byte to the wake-up socket, which ends the poll.
+    stop, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    with zmq.Context() as context:
+        fronts = bind(context, config.core_endpoint)
+        workers = bind(context, config.worker_endpoint)
+        try:
+            CoreLoop(config, fronts, workers).run(stop.fileno())
+        finally:
+            fronts.close()
+            workers.close()
+    return 0
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Raises ConfigError unless only this user can reach the sockets in `run_dir`."""
+    try:
+        mode = run_dir.stat().st_mode & 0o777
+    except FileNotFoundError:
+        raise ConfigError(f"run_dir {run_dir} does not exist") from None
+    if mode & 0o077:
+        raise ConfigError(f"run_dir {run_dir} has mode {mode:o}; it must be 700")
+    if run_dir.stat().st_uid != os.getuid():
+        raise ConfigError(f"run_dir {run_dir} belongs to another user")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

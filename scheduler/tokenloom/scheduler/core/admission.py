@@ -1,0 +1,142 @@
+"""What comes from outside into the state: requests, their ends, and workers' lives."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenloom.scheduler.core.blocks import BlockPool, Int32Array
+from tokenloom.scheduler.core.state import ModelSpec, Slots, State
+from tokenloom.scheduler.messages import (
+    Abort,
+    FinishReason,
+    RefusalReason,
+    Refused,
+    Stop,
+    Submit,
+)
+
+MIN_RETRY_S = 0.1
+MAX_RETRY_S = 30.0
+NOT_READY_RETRY_S = 1.0
+
+
+def submit(state: State, front: int, message: Submit, now: float) -> None:
+    """Queues a request, or refuses it with a reason that quotes the numbers."""
+
+    def refuse(reason: RefusalReason, detail: str, retry_after_s: float | None) -> None:
+        state.outputs_of(front).refused.append(
+            Refused(
+                stream=message.stream, reason=reason, detail=detail, retry_after_s=retry_after_s
+            )
+        )
+
+    tokens = np.frombuffer(message.tokens, np.int32)
+    if state.spec is None:
+        refuse(RefusalReason.NOT_READY, "the model is not loaded", NOT_READY_RETRY_S)
+        return
+    if (unfit := _unfit(state, state.spec, front, message, tokens)) is not None:
+        refuse(*unfit, None)
+        return
+    if (full := _queue_full(state, len(tokens))) is not None:
+        refuse(RefusalReason.QUEUE_FULL, full, _retry_after_s(state))
+        return
+    state.new_request(
+        front=front,
+        stream=message.stream,
+        tokens=tokens,
+        max_tokens=message.max_tokens,
+        sampling=message.sampling,
+        salt=message.salt,
+        now=now,
+    )
+
+
+def abort(state: State, front: int, message: Abort) -> None:
+    """Ends a request whose client left. An unknown stream has already ended."""
+    request = state.requests.get((front, message.stream))
+    if request is not None:
+        state.finish(request, FinishReason.CANCELLED)
+
+
+def stop(state: State, front: int, message: Stop) -> None:
+    """Ends a request whose text held a stop string after `num_tokens` tokens."""
+    request = state.requests.get((front, message.stream))
+    if request is not None:
+        state.finish(request, FinishReason.STOP_STRING, num_completion_tokens=message.num_tokens)
+
+
+def begin_epoch(state: State, spec: ModelSpec) -> None:
+    """Workers are ready: slots and blocks begin empty; what waits may run.
+
+    A request that a larger group had accepted and that cannot fit now fails.
+    """
+    end_epoch(state)
+    limits = state.limits
+    state.spec = spec
+    state.slots = Slots(limits.max_num_requests, spec)
+    state.pool = BlockPool(spec.num_blocks, spec.block_size, cache=limits.prefix_cache)
+    state.released = []
+    for request in list(state.waiting.values()):
+        if request.max_total > spec.max_request_tokens:
+            state.finish(request, FinishReason.FAULT)
+        else:
+            # Digests depend on the block size, which may have changed.
+            del request.digests[1:]
+
+
+def end_epoch(state: State) -> None:
+    """Workers are gone: what ran waits, in order of arrival; KV and cache are forgotten."""
+    state.in_flight.clear()
+    if state.slots is not None:
+        running = [request for request in state.slots.requests if request is not None]
+        for request in sorted(running, key=lambda request: request.serial, reverse=True):
+            state.preempt(request)
+    state.spec = None
+    state.slots = None
+    state.pool = None
+
+
+def _unfit(
+    state: State, spec: ModelSpec, front: int, message: Submit, tokens: Int32Array
+) -> tuple[RefusalReason, str] | None:
+    """Returns why a request can never run as it stands."""
+    num_tokens, max_tokens = len(tokens), message.max_tokens
+    if (front, message.stream) in state.requests:
+        return RefusalReason.DUPLICATE, f"stream {message.stream} is already in use"
+    if num_tokens < 1 or max_tokens < 1:
+        return RefusalReason.INVALID, (
+            f"prompt has {num_tokens} tokens and max_tokens is {max_tokens}; "
+            "each must be at least 1"
+        )
+    if tokens.min() < 0 or tokens.max() >= spec.vocab_size:
+        return RefusalReason.INVALID, (
+            f"token ids reach from {tokens.min()} to {tokens.max()}; "
+            f"the model knows 0 to {spec.vocab_size - 1}"
+        )
+    if num_tokens + max_tokens > spec.max_request_tokens:
+        return RefusalReason.TOO_LONG, (
+            f"prompt has {num_tokens} tokens and max_tokens is {max_tokens}; "
+            f"this server accepts {spec.max_request_tokens} in all"
+        )
+    return None
+
+
+def _queue_full(state: State, num_tokens: int) -> str | None:
+    """Returns why the queue takes no prompt of `num_tokens` now."""
+    limits = state.limits
+    if len(state.waiting) >= limits.max_waiting_requests:
+        return f"{len(state.waiting)} requests wait; at most {limits.max_waiting_requests} may"
+    if state.num_waiting_tokens + num_tokens > limits.max_waiting_tokens:
+        return (
+            f"{state.num_waiting_tokens} prompt tokens wait and this prompt has {num_tokens}; "
+            f"at most {limits.max_waiting_tokens} may wait"
+        )
+    return None
+
+
+def _retry_after_s(state: State) -> float:
+    """Returns when the queue will have moved by about a tenth."""
+    if state.admission_interval_s is None:
+        return MIN_RETRY_S
+    wait_s = state.admission_interval_s * max(1.0, len(state.waiting) / 10)
+    return min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)

@@ -1,0 +1,246 @@
+"""`plan`: what the next step computes.
+
+The order of claims on a step's token budget is: one token for every request in
+steady decode, then the prompts that are being computed, oldest first, then
+new requests from the queue, in its order and never past one that does not fit.
+A running request only ever lacks the block for its next token; if the pool has
+none, the youngest request gives way. The oldest one therefore always goes on,
+and each request becomes the oldest in time: nobody starves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenloom.scheduler.core.blocks import BlockPool
+from tokenloom.scheduler.core.state import Int64Array, Request, Slots, State, StepRecord
+from tokenloom.scheduler.messages import Admitted
+from tokenloom.wire.messages import Admit, Step
+
+RESERVE_DIVISOR = 50
+"""At most this part of the pool is kept for the growth of those that run."""
+
+INTERVAL_WEIGHT = 0.1
+"""Of the newest sample in the moving average of the admission interval."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """One step: its spans, and what changed for the worker since the last one."""
+
+    step_id: int
+    released: list[int]
+    admitted: list[Admit]
+    block_slots: Int64Array
+    block_indices: Int64Array
+    block_ids: Int64Array
+    span_slots: Int64Array
+    span_starts: Int64Array
+    span_lengths: Int64Array
+    span_samples: np.ndarray
+    """bool [num_spans]"""
+
+    def to_wire(self, epoch: int) -> Step:
+        """Returns the message that tells a worker this step."""
+        return Step(
+            epoch=epoch,
+            step_id=self.step_id,
+            released=np.array(self.released, np.int32).tobytes(),
+            admitted=tuple(self.admitted),
+            block_slots=self.block_slots.astype(np.int32).tobytes(),
+            block_indices=self.block_indices.astype(np.int32).tobytes(),
+            block_ids=self.block_ids.astype(np.int32).tobytes(),
+            span_slots=self.span_slots.astype(np.int32).tobytes(),
+            span_starts=self.span_starts.astype(np.int32).tobytes(),
+            span_lengths=self.span_lengths.astype(np.int32).tobytes(),
+            span_samples=self.span_samples.astype(np.uint8).tobytes(),
+        )
+
+
+class _Changes:
+    """Collects what the worker has to be told beside the spans."""
+
+    def __init__(self) -> None:
+        self.admitted: list[Admit] = []
+        self.block_slots: list[int] = []
+        self.block_indices: list[int] = []
+        self.block_ids: list[int] = []
+
+    def give(self, slots: Slots, slot: int, blocks: list[int]) -> None:
+        """Appends blocks to a slot's table."""
+        first = int(slots.num_blocks[slot])
+        slots.block_table[slot, first : first + len(blocks)] = blocks
+        slots.num_blocks[slot] = first + len(blocks)
+        self.block_slots += [slot] * len(blocks)
+        self.block_indices += range(first, first + len(blocks))
+        self.block_ids += blocks
+
+
+def plan(state: State, now: float) -> StepPlan | None:
+    """Decides the next step and enters it as in flight; None: there is nothing to compute."""
+    slots, pool = state.slots, state.pool
+    if slots is None or pool is None:
+        return None
+    changes = _Changes()
+    preempted = _grow(state, slots, pool, changes)
+
+    # A request that reached max_total is only waiting for results in flight.
+    todo = slots.num_planned - slots.num_scheduled
+    open_slots = (slots.serial != 0) & (slots.num_planned < slots.max_total)
+    decoding = np.flatnonzero(open_slots & (todo == 1))
+    budget = state.limits.max_step_tokens - len(decoding)
+
+    spans, lengths = [decoding], [np.ones(len(decoding), np.int64)]
+    prefilling = np.flatnonzero(open_slots & (todo > 1))
+    if len(prefilling) or (state.waiting and not preempted):
+        order = prefilling[np.argsort(slots.serial[prefilling])].tolist()
+        chunks: list[tuple[int, int]] = []
+        for slot in order:
+            if budget == 0:
+                break
+            length = min(int(todo[slot]), budget)
+            chunks.append((slot, length))
+            budget -= length
+        # Right after a preemption the pool is too full for anybody new.
+        while budget and state.waiting and slots.free and not preempted:
+            admitted = _admit(state, slots, pool, changes, now)
+            if admitted is None:
+                break
+            length = min(int(slots.num_planned[admitted] - slots.num_scheduled[admitted]), budget)
+            chunks.append((admitted, length))
+            budget -= length
+        spans.append(np.array([slot for slot, _ in chunks], np.int64))
+        lengths.append(np.array([length for _, length in chunks], np.int64))
+
+    span_slots, span_lengths = np.concatenate(spans), np.concatenate(lengths)
+    if not len(span_slots):
+        return None
+    return _enter(state, slots, changes, span_slots, span_lengths)
+
+
+def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> bool:
+    """Gives each decoding request the block of its next position; tells if it had to preempt."""
+    preempted = False
+    while True:
+        position = slots.num_scheduled
+        lacking = np.flatnonzero(
+            (slots.serial != 0)
+            & (slots.num_planned < slots.max_total)
+            & (position >= slots.num_blocks * pool.block_size)
+        )
+        if len(lacking) <= pool.num_free:
+            break
+        youngest = slots.requests[int(np.argmax(slots.serial))]
+        assert youngest is not None
+        state.preempt(youngest)
+        preempted = True
+    blocks, indices = pool.allocate(len(lacking)), slots.num_blocks[lacking]
+    slots.block_table[lacking, indices] = blocks
+    slots.num_blocks[lacking] += 1
+    changes.block_slots += lacking.tolist()
+    changes.block_indices += indices.tolist()
+    changes.block_ids += blocks
+    return preempted
+
+
+def _admit(
+    state: State, slots: Slots, pool: BlockPool, changes: _Changes, now: float
+) -> int | None:
+    """Moves the first of the queue into a slot with blocks for all its tokens, if they are free."""
+    request = next(iter(state.waiting.values()))
+    num_tokens, block_size = len(request.tokens), pool.block_size
+    # The last token is always computed: its logits are what the step is for.
+    request.extend_digests(request.tokens, (num_tokens - 1) // block_size, block_size)
+    usable = request.digests[1 : 1 + (num_tokens - 1) // block_size]
+    cached = usable[: pool.num_matching(usable)]
+    num_new = -(-num_tokens // block_size) - len(cached)
+    reserve = min(state.num_running, pool.num_blocks // RESERVE_DIVISOR)
+    if num_new + pool.num_evictable(cached) + reserve > pool.num_free:
+        return None
+
+    state.dequeue(request)
+    slot = slots.free.pop()
+    num_computed = len(cached) * block_size
+    _fill_slot(slots, slot, request, num_computed)
+    slots.tenure[slot] = state.next_tenure
+    state.next_tenure += 1
+    # Shared blocks first: allocating may evict what nobody holds.
+    changes.give(slots, slot, pool.share(cached))
+    changes.give(slots, slot, pool.allocate(num_new))
+    changes.admitted.append(
+        Admit(
+            slot=slot,
+            tokens=request.tokens.tobytes(),
+            num_prompt_tokens=request.num_prompt,
+            num_computed=num_computed,
+            sampling=request.sampling,
+        )
+    )
+    if request.planned_s is None:
+        request.planned_s = now
+        _note_interval(state, now)
+        state.outputs_of(request.front).admitted.append(
+            Admitted(stream=request.stream, num_cached_tokens=num_computed)
+        )
+    return slot
+
+
+def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int) -> None:
+    num_tokens = len(request.tokens)
+    request.slot = slot
+    slots.requests[slot] = request
+    slots.serial[slot] = request.serial
+    slots.tokens[slot, :num_tokens] = request.tokens
+    slots.num_tokens[slot] = num_tokens
+    slots.num_planned[slot] = num_tokens
+    slots.num_scheduled[slot] = num_computed
+    slots.num_computed[slot] = num_computed
+    slots.max_total[slot] = request.max_total
+    slots.num_blocks[slot] = 0
+    slots.num_hashed[slot] = num_computed // slots.block_size
+    slots.first_token_s[slot] = np.nan if request.first_token_s is None else request.first_token_s
+    slots.last_token_s[slot] = np.nan if request.last_token_s is None else request.last_token_s
+    slots.front[slot] = request.front
+    slots.stream[slot] = request.stream
+    slots.set_stop_ids(slot, request.sampling.stop_token_ids)
+
+
+def _note_interval(state: State, now: float) -> None:
+    if state.last_admission_s is not None:
+        interval_s = now - state.last_admission_s
+        old = state.admission_interval_s
+        state.admission_interval_s = (
+            interval_s if old is None else old + INTERVAL_WEIGHT * (interval_s - old)
+        )
+    state.last_admission_s = now
+
+
+def _enter(
+    state: State, slots: Slots, changes: _Changes, span_slots: Int64Array, span_lengths: Int64Array
+) -> StepPlan:
+    """Records the step as in flight and moves the slots on."""
+    starts = slots.num_scheduled[span_slots]
+    ends = starts + span_lengths
+    samples = ends == slots.num_planned[span_slots]
+    slots.num_scheduled[span_slots] = ends
+    slots.num_planned[span_slots[samples]] += 1
+    step_id = state.next_step_id
+    state.next_step_id += 1
+    state.in_flight.append(
+        StepRecord(step_id, span_slots, slots.tenure[span_slots], ends, np.flatnonzero(samples))
+    )
+    released, state.released = state.released, []
+    return StepPlan(
+        step_id=step_id,
+        released=released,
+        admitted=changes.admitted,
+        block_slots=np.array(changes.block_slots, np.int64),
+        block_indices=np.array(changes.block_indices, np.int64),
+        block_ids=np.array(changes.block_ids, np.int64),
+        span_slots=span_slots,
+        span_starts=starts,
+        span_lengths=span_lengths,
+        span_samples=samples,
+    )

@@ -1,0 +1,359 @@
+"""The core's state: requests that wait, requests that run in slots, steps in flight.
+
+What is touched in each step lies in arrays with a row a slot, so a step costs
+a few array operations and not a loop over requests:
+
+    tokens       │ prompt … │ completion … │ being sampled │
+                 0          num_prompt     num_tokens      num_planned
+    KV positions │ computed or planned …                │
+                 0                                      num_scheduled
+
+A slot has something to compute while num_scheduled < num_planned < max_total
+or the prompt is not yet in: `num_planned - num_scheduled` tokens, 1 of them in
+steady decode. A span that reaches num_planned samples the next token.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, block_digest, root_digest
+from tokenloom.scheduler.messages import Admitted, Finished, FinishReason, Outputs, Refused
+from tokenloom.wire.messages import SamplingParams, TokenLogprobs
+
+Int64Array = npt.NDArray[np.int64]
+
+NO_TOKEN = -1
+"""Pads rows of stop tokens; no token has this id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of the core that hold in every epoch."""
+
+    max_num_requests: int
+    max_step_tokens: int
+    max_waiting_requests: int
+    max_waiting_tokens: int
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a group of workers offers in one epoch."""
+
+    epoch: int
+    vocab_size: int
+    max_model_tokens: int
+    block_size: int
+    num_blocks: int
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt + completion: the context, or the whole pool if that is smaller."""
+        return min(self.max_model_tokens, self.num_blocks * self.block_size)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """One prompt and its completion, from submission to finish."""
+
+    serial: int
+    """Order of arrival; unique in the core's life."""
+    front: int
+    stream: int
+    tokens: Int32Array
+    """int32: all that is known while it waits; once it runs, its slot's row is the truth."""
+    num_prompt: int
+    max_total: int
+    sampling: SamplingParams
+    digests: list[bytes]
+    """The root digest, then one for each full block known so far."""
+    arrived_s: float
+    planned_s: float | None = None
+    """When it first got a slot."""
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    slot: int | None = None
+
+    def extend_digests(self, tokens: Int32Array, num_blocks: int, block_size: int) -> None:
+        """Computes the digests of the first `num_blocks` blocks of `tokens`."""
+        for index in range(len(self.digests) - 1, num_blocks):
+            block = tokens[index * block_size : (index + 1) * block_size]
+            self.digests.append(block_digest(self.digests[-1], block))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRecord:
+    """What is remembered of a step until its result comes."""
+
+    step_id: int
+    slots: Int64Array
+    """[num_spans]"""
+    tenures: Int64Array
+    """[num_spans] whose spans they were: a slot may have changed hands since"""
+    ends: Int64Array
+    """[num_spans] positions computed once the step is done"""
+    sampled: Int64Array
+    """[num_sampled] indices of the spans that sample"""
+
+
+@dataclass(slots=True)
+class FrontOutputs:
+    """What has come up for one front since its last Outputs message."""
+
+    refused: list[Refused] = field(default_factory=list)
+    admitted: list[Admitted] = field(default_factory=list)
+    streams: list[Int64Array] = field(default_factory=list)
+    tokens: list[Int32Array] = field(default_factory=list)
+    num_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+
+    def packed(self) -> Outputs:
+        """Returns the message that tells the front all of it."""
+        return Outputs(
+            refused=tuple(self.refused),
+            admitted=tuple(self.admitted),
+            streams=b"".join(part.tobytes() for part in self.streams),
+            tokens=b"".join(part.tobytes() for part in self.tokens),
+            logprobs=tuple(self.logprobs),
+            finished=tuple(self.finished),
+        )
+
+
+class Slots:
+    """The rows of the requests that run. All arrays have one row a slot."""
+
+    def __init__(self, num_slots: int, spec: ModelSpec) -> None:
+        max_tokens = spec.max_request_tokens
+        max_blocks = -(-max_tokens // spec.block_size)
+        self.num_slots = num_slots
+        self.block_size = spec.block_size
+        self.vocab_size = spec.vocab_size
+        # Untouched pages of the two large arrays take no memory.
+        self.tokens = np.zeros((num_slots, max_tokens), np.int32)
+        self.block_table = np.zeros((num_slots, max_blocks), np.int32)
+        self.serial = np.zeros(num_slots, np.int64)
+        """Of the request in the slot; 0: the slot is free."""
+        self.tenure = np.zeros(num_slots, np.int64)
+        """Unique for each time that a request holds a slot; 0: the slot is free."""
+        self.num_tokens = np.zeros(num_slots, np.int64)
+        self.num_planned = np.zeros(num_slots, np.int64)
+        self.num_scheduled = np.zeros(num_slots, np.int64)
+        self.num_computed = np.zeros(num_slots, np.int64)
+        """KV positions that a finished step computed."""
+        self.max_total = np.zeros(num_slots, np.int64)
+        self.num_blocks = np.zeros(num_slots, np.int64)
+        self.num_hashed = np.zeros(num_slots, np.int64)
+        """Leading blocks whose digest was registered."""
+        self.first_token_s = np.full(num_slots, np.nan)
+        self.last_token_s = np.full(num_slots, np.nan)
+        self.front = np.zeros(num_slots, np.int32)
+        self.stream = np.zeros(num_slots, np.int64)
+        self.stop_ids = np.full((num_slots, 1), NO_TOKEN, np.int32)
+        self.requests: list[Request | None] = [None] * num_slots
+        self.free = list(range(num_slots - 1, -1, -1))
+
+    def blocks(self, slot: int) -> list[int]:
+        """Returns the block table of a slot."""
+        table: list[int] = self.block_table[slot, : self.num_blocks[slot]].tolist()
+        return table
+
+    def set_stop_ids(self, slot: int, ids: tuple[int, ...]) -> None:
+        """Sets the tokens that end the request of a slot, widening the rows if they are many."""
+        width = self.stop_ids.shape[1]
+        if len(ids) > width:
+            pad = np.full((self.num_slots, len(ids) - width), NO_TOKEN, np.int32)
+            self.stop_ids = np.hstack((self.stop_ids, pad))
+        self.stop_ids[slot] = NO_TOKEN
+        self.stop_ids[slot, : len(ids)] = ids
+
+
+class State:
+    """All that the core knows. `admission`, `planning` and `applying` are its transitions."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.spec: ModelSpec | None = None
+        self.slots: Slots | None = None
+        self.pool: BlockPool | None = None
+        self.waiting: OrderedDict[int, Request] = OrderedDict()
+        """By serial, in the order in which they will run."""
+        self.num_waiting_tokens = 0
+        self.requests: dict[tuple[int, int], Request] = {}
+        """Every live request by (front, stream)."""
+        self.in_flight: deque[StepRecord] = deque()
+        self.released: list[int] = []
+        """Slots given up since the last step; the next one tells the worker."""
+        self.next_step_id = 1
+        self.next_serial = 1
+        self.next_tenure = 1
+        self.num_preemptions = 0
+        self.admission_interval_s: float | None = None
+        """Moving average of the time between admissions, for push-back."""
+        self.last_admission_s: float | None = None
+        self.outputs: dict[int, FrontOutputs] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return 0 if self.slots is None else self.slots.num_slots - len(self.slots.free)
+
+    def outputs_of(self, front: int) -> FrontOutputs:
+        """Returns what is collected for a front."""
+        outputs = self.outputs.get(front)
+        if outputs is None:
+            outputs = self.outputs[front] = FrontOutputs()
+        return outputs
+
+    def take_outputs(self) -> dict[int, FrontOutputs]:
+        """Returns what is collected for all fronts and begins anew."""
+        outputs, self.outputs = self.outputs, {}
+        return outputs
+
+    def new_request(
+        self,
+        *,
+        front: int,
+        stream: int,
+        tokens: Int32Array,
+        max_tokens: int,
+        sampling: SamplingParams,
+        salt: str,
+        now: float,
+    ) -> Request:
+        """Enters a request at the end of the queue."""
+        request = Request(
+            serial=self.next_serial,
+            front=front,
+            stream=stream,
+            tokens=tokens,
+            num_prompt=len(tokens),
+            max_total=len(tokens) + max_tokens,
+            sampling=sampling,
+            digests=[root_digest(salt)],
+            arrived_s=now,
+        )
+        self.next_serial += 1
+        self.requests[front, stream] = request
+        self.waiting[request.serial] = request
+        self.num_waiting_tokens += len(tokens)
+        return request
+
+    def vacate(self, request: Request) -> None:
+        """Takes a running request out of its slot and returns its blocks.
+
+        Steps in flight may still write to those blocks. That is harmless: workers
+        run steps in order, so whoever gets a block writes it later, and a block
+        that is kept for its content was full before those steps.
+        """
+        assert self.slots is not None
+        assert self.pool is not None
+        assert request.slot is not None
+        slots, slot = self.slots, request.slot
+        self.pool.release(slots.blocks(slot))
+        request.first_token_s = _time(slots.first_token_s[slot])
+        request.last_token_s = _time(slots.last_token_s[slot])
+        request.tokens = slots.tokens[slot, : slots.num_tokens[slot]].copy()
+        request.slot = None
+        slots.serial[slot] = slots.tenure[slot] = 0
+        slots.num_blocks[slot] = 0
+        slots.requests[slot] = None
+        slots.free.append(slot)
+        self.released.append(slot)
+
+    def preempt(self, request: Request) -> None:
+        """Moves a running request to the front of the queue; its tokens are recomputed later."""
+        self.vacate(request)
+        self.waiting[request.serial] = request
+        self.waiting.move_to_end(request.serial, last=False)
+        self.num_waiting_tokens += len(request.tokens)
+        self.num_preemptions += 1
+
+    def dequeue(self, request: Request) -> None:
+        """Takes a request out of the queue."""
+        del self.waiting[request.serial]
+        self.num_waiting_tokens -= len(request.tokens)
+
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        stop_token_id: int | None = None,
+        num_completion_tokens: int | None = None,
+    ) -> None:
+        """Ends a request wherever it is, returns all it holds and tells its front."""
+        if request.slot is None:
+            self.dequeue(request)
+        else:
+            self.vacate(request)
+        del self.requests[request.front, request.stream]
+        num_tokens = len(request.tokens) - request.num_prompt
+        self.outputs_of(request.front).finished.append(
+            Finished(
+                stream=request.stream,
+                reason=reason,
+                stop_token_id=stop_token_id,
+                num_completion_tokens=(
+                    num_tokens if num_completion_tokens is None else num_completion_tokens
+                ),
+                queue_s=_span(request.arrived_s, request.planned_s),
+                prefill_s=_span(request.planned_s, request.first_token_s),
+                decode_s=_span(request.first_token_s, request.last_token_s),
+            )
+        )
+
+    def check(self) -> list[str]:
+        """Returns what is wrong with the state; empty is right."""
+        wrong = []
+        running = {r.slot: r for r in self.requests.values() if r.slot is not None}
+        queued = {r.serial for r in self.requests.values() if r.slot is None}
+        if queued != set(self.waiting):
+            wrong.append("the queue and the requests without a slot differ")
+        if list(self.waiting) != sorted(self.waiting):
+            wrong.append("the queue is not in order of arrival")
+        if queued and running and min(queued) < max(r.serial for r in running.values()):
+            wrong.append("a request waits while a younger one runs")
+        if self.num_waiting_tokens != sum(len(r.tokens) for r in self.waiting.values()):
+            wrong.append(f"num_waiting_tokens is {self.num_waiting_tokens}, not the queue's sum")
+        if self.slots is None or self.pool is None:
+            if running:
+                wrong.append("requests run without a model")
+            return wrong
+        slots, pool = self.slots, self.pool
+        for slot, request in running.items():
+            if slots.requests[slot] is not request or slots.serial[slot] != request.serial:
+                wrong.append(f"slot {slot} does not hold the request that says so")
+            computed, scheduled, known, planned = (
+                int(a[slot])
+                for a in (
+                    slots.num_computed,
+                    slots.num_scheduled,
+                    slots.num_tokens,
+                    slots.num_planned,
+                )
+            )
+            if not computed <= scheduled <= planned or not known <= planned <= request.max_total:
+                wrong.append(
+                    f"slot {slot}: computed {computed}, scheduled {scheduled}, known {known}, "
+                    f"planned {planned}, limit {request.max_total}"
+                )
+            if slots.num_blocks[slot] * pool.block_size < scheduled:
+                wrong.append(f"slot {slot}: {scheduled} positions lie beyond its blocks")
+        if len(running) + len(set(slots.free)) != slots.num_slots:
+            wrong.append(f"{len(running)} running and {len(slots.free)} free slots are not all")
+        return wrong + pool.check(slots.blocks(slot) for slot in range(slots.num_slots))
+
+
+def _time(value: np.float64) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _span(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else max(0.0, end - begin)
