@@ -1,0 +1,57 @@
+"""The Python SDK of tokenloom: `Client`, `AsyncClient`, and what they take, return and raise.
+
+`tokenloom.client.testing` holds a server in memory for tests of code that uses them.
+"""
+
+from tokenloom.client.aio import AsyncClient, AsyncStream
+from tokenloom.client.client import Client, Stream
+from tokenloom.client.errors import (
+    AccessDenied,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    ServerError,
+    TokenloomError,
+    Unavailable,
+    Violation,
+)
+from tokenloom.client.requests import Message, Options
+from tokenloom.client.results import (
+    Admission,
+    Delta,
+    FinishReason,
+    Model,
+    Result,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+
+__all__ = [
+    "AccessDenied",
+    "Admission",
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "Delta",
+    "FinishReason",
+    "InvalidRequest",
+    "Message",
+    "Model",
+    "Options",
+    "Overloaded",
+    "ProtocolError",
+    "Result",
+    "ServerError",
+    "Stream",
+    "TokenLogprob",
+    "TokenloomError",
+    "TopLogprob",
+    "Unavailable",
+    "Usage",
+    "Violation",
+]

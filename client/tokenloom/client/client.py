@@ -1,0 +1,194 @@
+"""The blocking client.
+
+with Client("localhost:50051") as client:
+    print(client.generate("Once upon a time", max_tokens=50).text())
+
+    with client.chat([Message("user", "What is 47 + 38?")], temperature=0) as stream:
+        for delta in stream:
+            print(delta.text, end="", flush=True)
+    print(stream.result().finish_reason)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from tokenloom.client.completion import Completion
+from tokenloom.client.errors import TokenloomError
+from tokenloom.client.grpc_transport import GrpcTransport
+from tokenloom.client.requests import (
+    ChatMessages,
+    Options,
+    Prompt,
+    chat_request,
+    encode_chat,
+    text_request,
+)
+from tokenloom.client.results import Admission, Delta, Model, Result, read_model
+from tokenloom.client.transport import ResponseStream, Transport
+from tokenloom.v1 import inference_pb2 as pb
+
+
+class Client:
+    """Talks to one tokenloom server, or to several behind one name. Safe to share by threads.
+
+    `target` is an address as gRPC writes it (`host:port`, `unix:/path`, `dns:///name:port`), a
+    channel, which stays the caller's to close, or another transport, such as
+    `tokenloom.client.testing.FakeServer`. The connection is made when it is first needed and
+    made again when it breaks. `credentials` turns on TLS.
+
+    Every method raises TokenloomError. `timeout_s` is the time that a whole call may take; the
+    server knows it too, and stops to work for a call whose time is over. None: no limit.
+    """
+
+    def __init__(
+        self,
+        target: str | grpc.Channel | Transport,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        if credentials is not None and not isinstance(target, str):
+            raise TypeError("credentials go with an address; a channel has its own")
+        if isinstance(target, str | grpc.Channel):
+            self._transport: Transport = GrpcTransport(target, credentials=credentials)
+        elif isinstance(target, Transport):
+            self._transport = target
+        else:
+            raise TypeError(f"a Client takes no {type(target).__name__} as its target")
+
+    def generate(
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]
+    ) -> Stream:
+        """Starts the completion of a prompt: text as it stands, or token ids."""
+        return self._start(text_request(prompt, options), timeout_s)
+
+    def chat(
+        self, messages: ChatMessages, *, timeout_s: float | None = None, **options: Unpack[Options]
+    ) -> Stream:
+        """Starts the answer to a chat, in the form of the served checkpoint's template."""
+        return self._start(chat_request(messages, options), timeout_s)
+
+    def tokenize(self, text: str, *, timeout_s: float | None = None) -> list[int]:
+        """Returns the token ids that `generate` uses for a text."""
+        request = pb.TokenizeRequest(text=text)
+        return list(self._transport.tokenize(request, timeout_s=timeout_s).token_ids)
+
+    def tokenize_chat(self, messages: ChatMessages, *, timeout_s: float | None = None) -> list[int]:
+        """Returns the token ids that `chat` uses for messages."""
+        request = pb.TokenizeRequest(chat=encode_chat(messages))
+        return list(self._transport.tokenize(request, timeout_s=timeout_s).token_ids)
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> str:
+        """Returns the text of token ids."""
+        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return self._transport.detokenize(request, timeout_s=timeout_s).text
+
+    def model(self, *, timeout_s: float | None = None) -> Model:
+        """Returns what the server serves, and its limits."""
+        return read_model(self._transport.get_model(pb.GetModelRequest(), timeout_s=timeout_s))
+
+    def wait_ready(self, *, timeout_s: float | None = None) -> None:
+        """Waits for a server that starts or loads; raises DeadlineExceeded after `timeout_s`."""
+        self._transport.wait_ready(timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Cancels what runs and closes the connection."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self, request: pb.GenerateRequest, timeout_s: float | None) -> Stream:
+        return Stream(self._transport.generate(request, timeout_s=timeout_s))
+
+
+class Stream:
+    """One completion while it comes. Iterating yields its deltas, each once.
+
+    As a context manager it cancels, on the way out, what has not ended. One thread reads;
+    any thread may cancel. An error ends the stream; reading on raises it again.
+    """
+
+    def __init__(self, responses: ResponseStream) -> None:
+        self._responses = responses
+        self._completion = Completion()
+        self._result: Result | None = None
+        self._error: TokenloomError | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Delta:
+        while self._result is None:
+            delta = self._advance()
+            if delta is not None:
+                return delta
+        raise StopIteration
+
+    def admission(self) -> Admission:
+        """Waits until the server has admitted the request; takes nothing from the iteration."""
+        while self._completion.admission is None:
+            self._advance()  # the first message is the admission, or reading fails
+        return self._completion.admission
+
+    def result(self) -> Result:
+        """Reads to the end and returns the whole completion."""
+        while self._result is None:
+            self._advance()
+        return self._result
+
+    def text(self) -> str:
+        """Reads to the end and returns the whole text."""
+        return self.result().text
+
+    @property
+    def partial_text(self) -> str:
+        """The text that has been read so far, also after a cancellation or an error."""
+        return self._completion.text
+
+    def cancel(self) -> None:
+        """Ends the completion; reading on raises Cancelled. After the end it does nothing."""
+        self._responses.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def _advance(self) -> Delta | None:
+        if self._error is not None:
+            raise self._error
+        try:
+            message = self._responses.read()
+            if message is not None:
+                return self._completion.feed(message)
+            self._result = self._completion.result()
+        except TokenloomError as error:
+            self._error = error
+            self._responses.cancel()
+            raise
+        return None
