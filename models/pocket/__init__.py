@@ -1,0 +1,1 @@
+"""The pocket model: its tasks, its training and its evaluation."""
