@@ -1,0 +1,96 @@
+"""Small random checkpoints of each architecture, and what transformers makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB_SIZE = 96
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "llama-3": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "head_dim": 32},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+    },
+    "llama-bias": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+    "qwen2-yarn": {"model_type": "qwen2", "rope_parameters": YARN_ROPE},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+}
+
+
+def make_checkpoint(folder: Path, name: str, *, max_shard_size: str = "1GB") -> PreTrainedModel:
+    """Writes a random checkpoint and returns transformers' model of it, float32."""
+    torch.manual_seed(sum(name.encode()))
+    options = SMALL | CONFIGS[name]
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far from the initial values, so that norms, biases and ties matter.
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.eval().save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Overwrites keys of config.json; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def generate(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """Returns transformers' own greedy completion."""
+    ids = torch.tensor([list(prompt)], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
+        )
+    return [int(token) for token in output[0, len(prompt) :]]

@@ -1,0 +1,11 @@
+"""Attention over paged keys and values, behind one Protocol.
+
+`base` says what a backend does, `reference` does it readably in torch (on a CPU,
+where no kernel fits, and as the twin in tests), `flash` with flash-attn-4 on
+CUDA. `choose_attention` is the one place that decides.
+"""
+
+from tokenloom.worker.attention.base import Attention, Pages, Spans
+from tokenloom.worker.attention.choose import choose_attention
+
+__all__ = ["Attention", "Pages", "Spans", "choose_attention"]

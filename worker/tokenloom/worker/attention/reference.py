@@ -1,0 +1,107 @@
+"""Attention in plain torch: the CPU's backend, and the twin that kernels are tested against.
+
+Spans of like shape are padded to a common one and computed as one batch. Shapes
+are alike when span lengths and context lengths lie between the same powers of
+two, so padding at most doubles either, and a step of 64 decoding requests is a
+few calls. What the padding adds lies behind the last position of a request and
+is never seen by it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenloom.worker.attention.base import Pages, ScatterStore, Spans
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Spans that are computed as one padded batch."""
+
+    tokens: Tensor
+    """[num_rows, max_length] tokens of the step; padding repeats the span's last"""
+    positions: Tensor
+    """[num_rows, max_length] their places in their requests"""
+    blocks: Tensor
+    """[num_rows, num_blocks]"""
+    filled: Tensor
+    """[num_filled] indices into the flattened batch of what is no padding"""
+    seen: dict[int | None, Tensor] = field(default_factory=dict)
+    """By window: bool [num_rows, 1, max_length, num_keys], made once a step"""
+
+
+class ReferenceAttention(ScatterStore):
+    """torch's scaled_dot_product_attention over gathered pages."""
+
+    name = "torch"
+
+    def __init__(self, block_size: int = 16) -> None:
+        self.block_size = block_size
+        self._spans: Spans | None = None
+        self._groups: list[_Group] = []
+
+    def attend(
+        self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
+    ) -> Tensor:
+        """Returns [num_tokens, num_heads, head_dim] for queries of that shape."""
+        if spans is not self._spans:  # the groups are the same in every layer
+            self._spans, self._groups = spans, list(self._group(spans))
+        mixed = torch.empty_like(queries)
+        for group in self._groups:
+            q = queries[group.tokens].transpose(1, 2)  # [num_rows, num_heads, max_length, head_dim]
+            k = _gather(pages.keys[layer], group.blocks)
+            v = _gather(pages.values[layer], group.blocks)
+            if window not in group.seen:
+                group.seen[window] = _seen(group.positions, k.shape[2], window)
+            out = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=group.seen[window], enable_gqa=True
+            )
+            out = out.transpose(1, 2).flatten(0, 1)
+            mixed[group.tokens.flatten()[group.filled]] = out[group.filled]
+        return mixed
+
+    def _group(self, spans: Spans) -> Iterator[_Group]:
+        lengths, starts = spans.host_lengths.astype(np.int64), spans.host_starts.astype(np.int64)
+        offsets = np.cumsum(lengths) - lengths
+        num_blocks = -(-(starts + lengths) // self.block_size)
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for span, shape in enumerate(zip(lengths.tolist(), num_blocks.tolist(), strict=True)):
+            alike[(shape[0] - 1).bit_length(), (shape[1] - 1).bit_length()].append(span)
+        device = spans.places.device
+        for rows in alike.values():
+            steps = np.arange(lengths[rows].max())
+            inside = np.minimum(steps, lengths[rows, None] - 1)  # [num_rows, max_length]
+            filled = np.flatnonzero(steps < lengths[rows, None])
+            blocks = spans.block_tables[rows, : int(num_blocks[rows].max())]
+            yield _Group(
+                tokens=torch.from_numpy(offsets[rows, None] + inside).to(device),
+                positions=torch.from_numpy(starts[rows, None] + inside).to(device),
+                blocks=blocks.long(),
+                filled=torch.from_numpy(filled).to(device),
+            )
+
+
+def _gather(pages: Tensor, blocks: Tensor) -> Tensor:
+    """Returns [num_rows, num_kv_heads, num_keys, head_dim] for [num_rows, num_blocks]."""
+    # index_select copies whole blocks; indexing with brackets goes element by element.
+    gathered = pages.index_select(0, blocks.flatten())
+    return gathered.view(len(blocks), -1, *pages.shape[2:]).transpose(1, 2)
+
+
+def _seen(positions: Tensor, num_keys: int, window: int | None) -> Tensor:
+    """Returns bool [num_rows, 1, max_length, num_keys]: which keys each token sees."""
+    keys = torch.arange(num_keys, device=positions.device)
+    seen = keys <= positions[..., None]
+    if window is not None:
+        seen &= keys > positions[..., None] - window
+    return seen.unsqueeze(1)

@@ -1,0 +1,103 @@
+"""The `worker` command: one process, one device.
+
+What to load comes from the core with Configure; the options say what belongs to
+this machine. torch is imported after they are parsed, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from tokenloom.worker.errors import LoadError
+from tokenloom.worker.loop import EXIT_LOAD_FAILED, serve
+from tokenloom.worker.options import (
+    ATTENTION_NAMES,
+    CPU_KV_CACHE,
+    WorkerOptions,
+    default_cpu_threads,
+    parse_bytes,
+    parse_fraction,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def worker(argv: list[str] | None = None) -> int:
+    """Runs a worker until the core ends it; returns its exit code.
+
+    0 after Shutdown or SIGTERM, 1 after a step that failed, 2 if the device or
+    the model cannot be used or an option is wrong.
+    """
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    options = WorkerOptions(
+        device=args.device,
+        attention=args.attention,
+        kv_cache_bytes=args.kv_cache_bytes,
+        kv_memory_fraction=args.kv_memory_fraction,
+    )
+
+    # torch takes seconds to import, which --help must not cost.
+    import torch
+
+    from tokenloom.worker.runner import ModelRunner
+
+    torch.set_num_threads(args.cpu_threads)
+    try:
+        runner = ModelRunner(options)
+    except LoadError as error:
+        _log.error("%s", error)
+        return EXIT_LOAD_FAILED
+    return serve(runner, endpoint=args.connect, rank=args.rank, device=str(runner.device))
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = WorkerOptions()
+    parser = argparse.ArgumentParser(
+        prog="tokenloom worker",
+        description="Computes on one device what a scheduler's core decides.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--connect",
+        required=True,
+        metavar="ENDPOINT",
+        help="where the core listens, as ZeroMQ writes it: ipc:///run/tokenloom/worker.sock",
+    )
+    parser.add_argument("--rank", type=int, default=0, help="place in the group of workers")
+    parser.add_argument(
+        "--device",
+        default=defaults.device,
+        help="cpu, cuda or cuda:N; auto is the first GPU, without one the CPU",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION_NAMES,
+        default=defaults.attention,
+        help="backend; auto is the fastest that works here",
+    )
+    parser.add_argument(
+        "--cpu-threads",
+        type=int,
+        default=default_cpu_threads(),
+        metavar="N",
+        help="threads that compute on a CPU; half of the CPUs leaves some to the scheduler",
+    )
+    parser.add_argument(
+        "--kv-cache-bytes",
+        type=parse_bytes,
+        metavar="SIZE",
+        help=f"size of the KV pool, such as 1GiB; without it by fraction on a GPU, {CPU_KV_CACHE}"
+        " on a CPU",
+    )
+    parser.add_argument(
+        "--kv-memory-fraction",
+        type=parse_fraction,
+        default=defaults.kv_memory_fraction,
+        metavar="FRACTION",
+        help="part of the GPU memory free after loading that the KV pool takes",
+    )
+    return parser

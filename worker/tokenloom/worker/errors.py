@@ -1,0 +1,35 @@
+"""The exceptions of a worker.
+
+WorkerError
+├── LoadError              the configuration cannot be served here; the process exits with 2
+│   ├── UnsupportedModelError
+│   ├── CheckpointError
+│   └── PoolError
+└── ProtocolError          a Step contradicts the ones before it; the process exits with 1
+"""
+
+from __future__ import annotations
+
+
+class WorkerError(Exception):
+    """Base of everything that a worker raises itself."""
+
+
+class LoadError(WorkerError):
+    """What Configure asks for cannot be loaded on this machine."""
+
+
+class UnsupportedModelError(LoadError):
+    """The checkpoint's config names an architecture or a feature that is not built."""
+
+
+class CheckpointError(LoadError):
+    """A file or a tensor of the checkpoint is missing, superfluous or misshapen."""
+
+
+class PoolError(LoadError):
+    """The memory left for the KV pool is too small."""
+
+
+class ProtocolError(WorkerError):
+    """A Step breaks the rules of tokenloom.wire.messages."""

@@ -1,0 +1,52 @@
+"""What belongs to a worker's machine, as its command line tells it. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+ATTENTION_NAMES = ("auto", "torch", "flash")
+CPU_KV_CACHE = "256MiB"
+
+_UNITS = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How this machine is used; what to load comes with Configure."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1` …; `auto` is the first GPU, without one the CPU."""
+    attention: str = "auto"
+    """One of ATTENTION_NAMES."""
+    kv_cache_bytes: int | None = None
+    """Size of the KV pool; None: by `kv_memory_fraction` on CUDA, CPU_KV_CACHE on a CPU."""
+    kv_memory_fraction: float = 0.85
+    """Part of the device memory free after loading that the KV pool takes."""
+
+
+def default_cpu_threads() -> int:
+    """Returns half of the CPUs that this process may use, at least 1.
+
+    The scheduler needs the others: the threads of a CPU kernel spin while they
+    wait for each other, and with one of them off its CPU a step takes ten times
+    as long.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def parse_bytes(text: str) -> int:
+    """Returns the number of bytes that `256MiB` or `4096` says. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]iB|)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write 4096, 256MiB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_fraction(text: str) -> float:
+    """Returns a number in (0, 1]. Raises ValueError."""
+    fraction = float(text)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{text} is no fraction above 0 and up to 1")
+    return fraction

@@ -1,0 +1,358 @@
+"""Model, KV pool, persistent batch and sampler as one Runner for the loop.
+
+    launch(step)   check ─▶ put changes in place ─▶ forward ─▶ sample ─▶ append ─▶ copy back
+                   host     └──────────────── device, nothing waits ───────────────────┘
+
+On CUDA `launch` returns when the work is queued: a step may follow before the
+one before it is done, and its tokens are read on the device. On a CPU the
+result is there when `launch` returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tokenloom.wire.messages import Admit, Configure, Ready, SamplingParams, Step, StepDone
+from tokenloom.worker.attention import choose_attention
+from tokenloom.worker.batch import Batch
+from tokenloom.worker.checkpoint import fill, locate, read_config
+from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.errors import LoadError, ProtocolError
+from tokenloom.worker.kv import KVPool, pool_bytes
+from tokenloom.worker.model import Decoder
+from tokenloom.worker.results import download_sampled, step_done
+from tokenloom.worker.rotary import rotary_table
+from tokenloom.worker.sampling import Sampled, Sampler
+from tokenloom.worker.slots import Limits, Slots
+from tokenloom.worker.weights import allocate_weights, destinations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokenloom.worker.attention import Attention
+    from tokenloom.worker.options import WorkerOptions
+
+_log = logging.getLogger(__name__)
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_POLL_S = 50e-6
+"""How often the loop looks whether the device is done: short beside a step of milliseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A model in memory; it outlives epochs."""
+
+    model: str
+    dtype_name: str
+    config: ModelConfig
+    decoder: Decoder
+    attention: Attention
+    pool: KVPool
+    weights_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """The state of the requests; a Configure starts it anew."""
+
+    slots: Slots
+    batch: Batch
+    sampler: Sampler
+
+
+class ModelRunner:
+    """Computes steps with a real model."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        """Raises LoadError if the machine has no such device."""
+        self._options = options
+        self.device = _device(options.device)
+        self._loaded: _Loaded | None = None
+        self._epoch: _Epoch | None = None
+
+    @torch.inference_mode()
+    def configure(self, configure: Configure, report: Callable[[str, float], None]) -> Ready:
+        """Loads the model unless it is loaded already, and starts from empty slots.
+
+        Raises:
+            LoadError: It cannot be served here.
+        """
+        if configure.world_size != 1:
+            raise LoadError(f"world_size is {configure.world_size}; a worker serves alone")
+        self._epoch = None
+        if not self._holds(configure):
+            self._loaded = None  # before the next model is loaded: both may not fit
+            self._loaded = self._load(configure, report)
+        loaded = self._loaded
+        assert loaded is not None
+        max_model_tokens = _max_model_tokens(configure, loaded.config)
+        self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
+        if self.device.type == "cuda":
+            report("warming up", 0.0)
+            self._warm_up(configure.epoch)
+            self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
+            report("warming up", 1.0)
+        return Ready(
+            epoch=configure.epoch,
+            num_blocks=loaded.pool.num_blocks,
+            block_size=loaded.attention.block_size,
+            vocab_size=loaded.config.vocab_size,
+            max_model_tokens=max_model_tokens,
+            weights_bytes=loaded.weights_bytes,
+            kv_bytes=loaded.pool.num_bytes,
+        )
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> _HostPending | _DevicePending:
+        """Starts a step. Raises ProtocolError if it contradicts those before it."""
+        if self._epoch is None or self._loaded is None:
+            raise ProtocolError(f"step {step.step_id} came before Configure")
+        if self.device.type != "cuda":
+            start_s = time.perf_counter()
+            sampled = self._compute(step, self._epoch, self._loaded)
+            seconds = time.perf_counter() - start_s
+            return _HostPending(done=step_done(step, sampled, seconds))
+        start, end = _event(), _event()
+        start.record()
+        sampled = self._compute(step, self._epoch, self._loaded)
+        sampled = None if sampled is None else download_sampled(sampled)
+        end.record()
+        return _DevicePending(step=step, sampled=sampled, start=start, end=end)
+
+    def _compute(self, step: Step, epoch: _Epoch, loaded: _Loaded) -> Sampled | None:
+        """Queues all of a step; None if nothing is sampled."""
+        changes = epoch.slots.apply(step)
+        epoch.sampler.admit(changes.admitted)
+        fresh_blocks = epoch.batch.apply(changes)
+        if fresh_blocks is not None:
+            loaded.pool.clear(fresh_blocks)
+        if not len(changes.span_slots):
+            return None
+        inputs = epoch.batch.inputs(changes)
+        logits = loaded.decoder.forward(
+            inputs.tokens,
+            inputs.positions,
+            inputs.last_tokens,
+            spans=inputs.spans,
+            pages=loaded.pool.pages,
+            attention=loaded.attention,
+        )
+        if not len(inputs.rows.host_slots):
+            return None
+        sampled = epoch.sampler.sample(
+            logits, inputs.rows, epoch.batch.tokens, epoch.slots.num_prompt_tokens
+        )
+        epoch.batch.append(inputs.rows, sampled.tokens)
+        return sampled
+
+    def _holds(self, configure: Configure) -> bool:
+        """Returns whether the model asked for is in memory already."""
+        loaded = self._loaded
+        return loaded is not None and (loaded.model, loaded.dtype_name) == (
+            configure.model,
+            configure.dtype,
+        )
+
+    def _load(self, configure: Configure, report: Callable[[str, float], None]) -> _Loaded:
+        device = self.device
+        report("finding the checkpoint", 0.0)
+        folder = locate(configure.model)
+        config = ModelConfig.parse(read_config(folder))
+        dtype = _dtype(configure.dtype, config, device)
+        attention = choose_attention(
+            self._options.attention, head_dim=config.head_dim, dtype=dtype, device=device
+        )
+        _log.info(
+            "%s: %s on %s in %s, attention %s",
+            configure.model,
+            config.architecture,
+            device,
+            dtype,
+            attention.name,
+        )
+        start_s = time.perf_counter()
+        weights = allocate_weights(config, dtype=dtype, device=device)
+        places = destinations(config, weights)
+        fill(folder, places, lambda fraction: report("loading weights", fraction))
+        weights_bytes = sum(place.numel() * place.element_size() for place in places.values())
+        _log.info("%d bytes of weights in %.1f s", weights_bytes, time.perf_counter() - start_s)
+        pool = KVPool(
+            config,
+            num_bytes=pool_bytes(
+                device,
+                fixed_bytes=self._options.kv_cache_bytes,
+                memory_fraction=self._options.kv_memory_fraction,
+            ),
+            block_size=attention.block_size,
+            dtype=dtype,
+            device=device,
+        )
+        _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, attention.block_size)
+        rotary = rotary_table(
+            config.rope,
+            head_dim=config.head_dim,
+            num_positions=config.max_model_tokens,
+            device=device,
+        )
+        return _Loaded(
+            model=configure.model,
+            dtype_name=configure.dtype,
+            config=config,
+            decoder=Decoder(config, weights, rotary),
+            attention=attention,
+            pool=pool,
+            weights_bytes=weights_bytes,
+        )
+
+    def _start_epoch(self, configure: Configure, loaded: _Loaded, max_model_tokens: int) -> _Epoch:
+        block_size = loaded.attention.block_size
+        limits = Limits(
+            num_slots=configure.max_num_requests,
+            num_blocks=loaded.pool.num_blocks,
+            block_size=block_size,
+            vocab_size=loaded.config.vocab_size,
+            # A request that fills the whole pool may still sample one token more.
+            max_model_tokens=min(max_model_tokens, loaded.pool.num_blocks * block_size + 1),
+            max_step_tokens=configure.max_step_tokens,
+        )
+        device = self.device
+        return _Epoch(
+            slots=Slots(limits),
+            batch=Batch(limits, device),
+            sampler=Sampler(limits.num_slots, limits.vocab_size, device),
+        )
+
+    def _warm_up(self, epoch: int) -> None:
+        """Runs a prefill and a decode, so that no request waits for kernels to compile."""
+        num_tokens = 8
+        self.launch(_warm_up_step(epoch, admit=True, start=0, length=num_tokens)).result()
+        self.launch(_warm_up_step(epoch, admit=False, start=num_tokens, length=1)).result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HostPending:
+    done: StepDone
+
+    def remaining_s(self) -> float:
+        return 0.0
+
+    def result(self) -> StepDone:
+        return self.done
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DevicePending:
+    step: Step
+    sampled: Sampled | None
+    """On the host, once `end` is reached."""
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+    def remaining_s(self) -> float:
+        done: bool = self.end.query()  # type: ignore[no-untyped-call]
+        return 0.0 if done else _POLL_S
+
+    def result(self) -> StepDone:
+        self.end.synchronize()
+        return step_done(self.step, self.sampled, self.start.elapsed_time(self.end) / 1000)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LoadError(f"{name!r} is no device") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        raise LoadError(
+            f"device {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Returns the type of weights, KV pool and arithmetic.
+
+    `auto` is the checkpoint's own on CUDA, and float32 on a CPU whatever the
+    checkpoint says: CPUs without bfloat16 units emulate it slowly, and float32
+    keeps batched and single results within rounding that flips no token.
+    """
+    if name != "auto":
+        own = name
+    elif device.type == "cuda":
+        own = config.dtype or "float32"
+    else:
+        own = "float32"
+    if own not in DTYPES:
+        raise LoadError(f"dtype {own} is not supported; supported are {', '.join(DTYPES)}")
+    return DTYPES[own]
+
+
+def _max_model_tokens(configure: Configure, config: ModelConfig) -> int:
+    wanted = configure.max_model_tokens
+    if wanted is None:
+        return config.max_model_tokens
+    if wanted > config.max_model_tokens:
+        raise LoadError(
+            f"max_model_tokens is {wanted}; the checkpoint is made for {config.max_model_tokens}"
+        )
+    return wanted
+
+
+def _warm_up_step(epoch: int, *, admit: bool, start: int, length: int) -> Step:
+    """Returns a step of slot 0 in block 0."""
+    sampling = SamplingParams(
+        temperature=1.0,
+        top_p=0.9,
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        seed=0,
+        min_tokens=0,
+        stop_token_ids=(),
+        logit_bias=(),
+        num_top_logprobs=None,
+    )
+    entry = Admit(
+        slot=0,
+        tokens=bytes(4 * length),
+        num_prompt_tokens=length,
+        num_computed=0,
+        sampling=sampling,
+    )
+    zero = np.zeros(1, dtype="<i4").tobytes()
+    return Step(
+        epoch=epoch,
+        step_id=start,
+        released=b"",
+        admitted=(entry,) if admit else (),
+        block_slots=zero if admit else b"",
+        block_indices=zero if admit else b"",
+        block_ids=zero if admit else b"",
+        span_slots=zero,
+        span_starts=np.array([start], dtype="<i4").tobytes(),
+        span_lengths=np.array([length], dtype="<i4").tobytes(),
+        span_samples=b"\1",
+    )

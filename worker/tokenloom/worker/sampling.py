@@ -1,0 +1,280 @@
+"""Sampling, vectorized over the rows of a step, with each row's own parameters.
+
+What happens to a row's logits, in this order:
+
+    1  repetition penalty     tokens of prompt and completion: > 0 divided, < 0 multiplied
+    2  presence, frequency    completion alone: subtracted once, and once for each occurrence
+    3  logit bias             added
+    4  min_tokens             stop tokens are -inf while the completion is too short
+       ── log probabilities are those of the logits as they are here ──
+    5  temperature            0 takes the largest logit and leaves out the rest
+    6  top_k                  the k largest
+    7  top_p                  of what is left, the likeliest until their sum reaches top_p
+    8  min_p                  of what is left, those at least min_p as likely as the likeliest
+
+Tokens whose logits are equal to the smallest one kept are kept as well. From
+what is left one token is drawn by an exponential race: argmax(logit - log E),
+E exponential. E is a function of (seed, position, token) alone, so a row's draw
+depends on nothing but its own seed, position and logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tokenloom.worker.batch import Int32Array, SampleRows
+from tokenloom.worker.draws import exponential
+from tokenloom.worker.errors import ProtocolError
+from tokenloom.worker.transfer import upload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from tokenloom.wire.messages import SamplingParams
+    from tokenloom.worker.slots import Admitted
+
+_MIN_TEMPERATURE = 1e-6
+"""Below it quotients could overflow; there only the likeliest token has a chance anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logprobs:
+    """Log probabilities for the rows that asked."""
+
+    rows: Int32Array
+    """[num_asked]"""
+    num_top: Int32Array
+    """[num_asked] how many each asked for"""
+    drawn: Tensor
+    """float32 [num_asked]"""
+    top_ids: Tensor
+    """int32 [num_asked, the largest of num_top]"""
+    top: Tensor
+    """float32 [num_asked, the largest of num_top]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What came of a step's rows, on the device."""
+
+    tokens: Tensor
+    """int32 [num_rows]"""
+    faulty: Tensor
+    """bool [num_rows] the logits were not finite; the token is 0"""
+    logprobs: Logprobs | None
+
+
+class Sampler:
+    """Keeps each slot's parameters: numbers on the device, on the host what decides the path."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._params: list[SamplingParams | None] = [None] * num_slots
+        # The columns of `_floats` and `_ints` are written by `admit` and named by `_draw` and
+        # `_penalize`.
+        self._floats = torch.zeros((num_slots, 6), device=device)
+        self._ints = torch.zeros((num_slots, 3), dtype=torch.int32, device=device)
+        self._is_random = np.zeros(num_slots, dtype=np.bool_)
+        self._is_restricted = np.zeros(num_slots, dtype=np.bool_)
+        self._is_penalized = np.zeros(num_slots, dtype=np.bool_)
+        self._is_biased = np.zeros(num_slots, dtype=np.bool_)
+        self._min_length = np.zeros(num_slots, dtype=np.int32)  # with the prompt; 0: no stops
+        self._wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
+
+    def admit(self, admitted: Sequence[Admitted]) -> None:
+        """Takes in the parameters of requests that enter their slots. Raises ProtocolError."""
+        if not admitted:
+            return
+        floats = np.empty((len(admitted), 6), dtype=np.float32)
+        ints = np.empty((len(admitted), 3), dtype=np.int32)
+        for row, entry in enumerate(admitted):
+            params, slot = entry.sampling, entry.slot
+            self._check(params, slot)
+            floats[row] = (
+                params.temperature,
+                params.top_p,
+                params.min_p,
+                params.repetition_penalty,
+                params.presence_penalty,
+                params.frequency_penalty,
+            )
+            seed = np.array([params.seed], dtype=np.uint64).view(np.int32)
+            ints[row] = (min(params.top_k, self._vocab_size), seed[0], seed[1])
+            self._params[slot] = params
+            self._is_random[slot] = params.temperature > 0
+            self._is_restricted[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+            self._is_penalized[slot] = (
+                params.repetition_penalty != 1
+                or params.presence_penalty != 0
+                or params.frequency_penalty != 0
+            )
+            self._is_biased[slot] = bool(params.logit_bias)
+            self._min_length[slot] = (
+                entry.num_prompt_tokens + params.min_tokens if params.stop_token_ids else 0
+            )
+            self._wants_logprobs[slot] = params.num_top_logprobs is not None
+        slots = np.array([entry.slot for entry in admitted], dtype=np.int32)
+        device_slots, device_floats, device_ints = upload(self._device, slots, floats, ints)
+        self._floats[device_slots.long()] = device_floats
+        self._ints[device_slots.long()] = device_ints
+
+    def sample(
+        self, logits: Tensor, rows: SampleRows, tokens: Tensor, num_prompt_tokens: Int32Array
+    ) -> Sampled:
+        """Draws a token for each row.
+
+        Args:
+            logits: float32 [num_rows, vocab_size]; changed in place.
+            rows: Their slots and the positions of the tokens to be drawn.
+            tokens: int32 [num_slots, max_tokens], each slot's tokens so far.
+            num_prompt_tokens: [num_slots]
+        """
+        faulty = ~logits.isfinite().all(dim=-1)
+        slots = rows.host_slots
+        penalized = np.flatnonzero(self._is_penalized[slots])
+        if len(penalized):
+            self._penalize(logits, rows, penalized, tokens, num_prompt_tokens)
+        if self._is_biased[slots].any():
+            self._bias(logits, slots)
+        too_short = np.flatnonzero(rows.host_ends < self._min_length[slots])
+        if len(too_short):
+            self._suppress_stops(logits, slots, too_short)
+        drawn = logits.argmax(dim=-1)
+        random = np.flatnonzero(self._is_random[slots])
+        if len(random):
+            index = self._index(random)
+            restricted = bool(self._is_restricted[slots[random]].any())
+            drawn[index] = self._draw(
+                logits[index], rows.slots[index], rows.ends[index], restricted=restricted
+            )
+        drawn.masked_fill_(faulty, 0)
+        return Sampled(
+            tokens=drawn.int(), faulty=faulty, logprobs=self._logprobs(logits, drawn, slots)
+        )
+
+    def _check(self, params: SamplingParams, slot: int) -> None:
+        for token, _ in params.logit_bias:
+            if not 0 <= token < self._vocab_size:
+                raise ProtocolError(
+                    f"slot {slot} biases token {token}; the vocabulary has {self._vocab_size}"
+                )
+
+    def _index(self, rows: np.typing.NDArray[np.int64]) -> Tensor:
+        [index] = upload(self._device, rows.astype(np.int32))
+        return index.long()
+
+    def _penalize(
+        self,
+        logits: Tensor,
+        rows: SampleRows,
+        penalized: np.typing.NDArray[np.int64],
+        tokens: Tensor,
+        num_prompt_tokens: Int32Array,
+    ) -> None:
+        ends = rows.host_ends[penalized]
+        index, device_ends, prompts = upload(
+            self._device,
+            penalized.astype(np.int32),
+            ends[:, None],
+            num_prompt_tokens[rows.host_slots[penalized], None],
+        )
+        slots = rows.slots[index.long()]
+        ids = tokens[slots, : int(ends.max())].long()  # [num_penalized, longest]
+        places = torch.arange(ids.shape[1], device=self._device)
+        known = places < device_ends
+        counts = torch.zeros((len(penalized), self._vocab_size), device=self._device)
+        seen = counts.scatter_add(1, ids, known.float()) > 0
+        counts.scatter_add_(1, ids, (known & (places >= prompts)).float())
+        repetition, presence, frequency = self._floats[slots, 3:].unsqueeze(-1).unbind(1)
+        plain = logits[index.long()]
+        repeated = torch.where(plain > 0, plain / repetition, plain * repetition)
+        plain = torch.where(seen, repeated, plain)
+        logits[index.long()] = plain - frequency * counts - presence * (counts > 0)
+
+    def _bias(self, logits: Tensor, slots: Int32Array) -> None:
+        entries = [
+            (row, token, bias)
+            for row in np.flatnonzero(self._is_biased[slots]).tolist()
+            for token, bias in self._of(slots[row]).logit_bias
+        ]
+        rows, ids, biases = zip(*entries, strict=True)
+        index, columns, values = upload(
+            self._device,
+            np.array(rows, dtype=np.int32),
+            np.array(ids, dtype=np.int32),
+            np.array(biases, dtype=np.float32),
+        )
+        logits.index_put_((index.long(), columns.long()), values, accumulate=True)
+
+    def _suppress_stops(
+        self, logits: Tensor, slots: Int32Array, rows: np.typing.NDArray[np.int64]
+    ) -> None:
+        entries = [
+            (row, token)
+            for row in rows.tolist()
+            for token in self._of(slots[row]).stop_token_ids
+            if 0 <= token < self._vocab_size  # others cannot be drawn anyway
+        ]
+        if entries:
+            pairs = np.array(entries, dtype=np.int32)
+            index, columns = upload(self._device, pairs[:, 0].copy(), pairs[:, 1].copy())
+            logits[index.long(), columns.long()] = -torch.inf
+
+    def _draw(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, *, restricted: bool
+    ) -> Tensor:
+        """Returns int64 [num_random] for rows with a temperature."""
+        temperature, top_p, min_p = self._floats[slots, :3].unsqueeze(-1).unbind(1)
+        scores = logits / temperature.clamp_min(_MIN_TEMPERATURE)
+        top_k, seed_low, seed_high = self._ints[slots].long().unbind(1)
+        if restricted:
+            smallest = _smallest_kept(scores, top_k[:, None], top_p, min_p)
+            scores = scores.masked_fill(scores < smallest, -torch.inf)
+        seeds = (seed_high << 32) | (seed_low & 0xFFFFFFFF)
+        return (scores - exponential(seeds, positions, self._vocab_size).log()).argmax(dim=-1)
+
+    def _logprobs(self, logits: Tensor, drawn: Tensor, slots: Int32Array) -> Logprobs | None:
+        rows = np.flatnonzero(self._wants_logprobs[slots])
+        if not len(rows):
+            return None
+        num_top = np.array(
+            [self._of(slots[row]).num_top_logprobs or 0 for row in rows], dtype=np.int32
+        )
+        index = self._index(rows)
+        logprobs = logits[index].log_softmax(dim=-1)
+        top, top_ids = logprobs.topk(min(int(num_top.max()), self._vocab_size), dim=-1)
+        return Logprobs(
+            rows=rows.astype(np.int32),
+            num_top=num_top,
+            drawn=logprobs.gather(1, drawn[index, None]).squeeze(1),
+            top_ids=top_ids.int(),
+            top=top,
+        )
+
+    def _of(self, slot: int) -> SamplingParams:
+        params = self._params[slot]
+        assert params is not None
+        return params
+
+
+def _smallest_kept(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Returns [num_rows, 1]: the smallest score that top_k, top_p and min_p leave over.
+
+    `scores` is [num_rows, vocab_size], the others [num_rows, 1]; a top_k of 0 keeps all.
+    """
+    vocab_size = scores.shape[1]
+    ordered = scores.sort(dim=-1, descending=True).values
+    kth = ordered.gather(1, torch.where(top_k > 0, top_k, vocab_size) - 1)
+    probs = ordered.masked_fill(ordered < kth, -torch.inf).softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs  # [num_rows, vocab_size] mass of the likelier ones
+    kept = (ordered >= kth) & (probs >= min_p * probs[:, :1])
+    # A sum that rounding carries to 1 must not cut the tail where top_p keeps all.
+    kept &= (before < top_p) | (top_p >= 1)
+    return ordered.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)

@@ -1,0 +1,39 @@
+"""Copies between host and device that do not make either wait for the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+
+
+def upload(device: torch.device, *columns: Column) -> tuple[Tensor, ...]:
+    """Returns int32 and float32 arrays as tensors of a device, sent as one packed copy.
+
+    The host side is pinned; torch's host allocator keeps it until the copy is over.
+    """
+    packed = np.concatenate([column.reshape(-1).view(np.int32) for column in columns])
+    host = torch.from_numpy(packed)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    whole = host.to(device, non_blocking=True)
+    parts = torch.split(whole, [column.size for column in columns])
+    return tuple(
+        (part.view(torch.float32) if column.dtype == np.float32 else part).view(column.shape)
+        for part, column in zip(parts, columns, strict=True)
+    )
+
+
+def download(tensor: Tensor) -> Tensor:
+    """Returns a host copy whose content is there once the device reached this point."""
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

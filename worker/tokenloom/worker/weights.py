@@ -1,0 +1,144 @@
+"""The decoder's weights on a device, and where each tensor of a checkpoint goes.
+
+Query, key and value projections are one matrix, gate and up projections
+another, so that each is one matmul. The checkpoint's tensors are copied into
+row ranges of them:
+
+    qkv      [ q_proj: num_heads * head_dim | k_proj: num_kv_heads * head_dim | v_proj ]
+    gate_up  [ gate_proj: intermediate_size | up_proj: intermediate_size ]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tokenloom.worker.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A matrix that rows of activations are multiplied with."""
+
+    weight: Tensor
+    """[num_outputs, num_inputs]"""
+    bias: Tensor | None
+    """[num_outputs]"""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Returns [num_rows, num_outputs] for [num_rows, num_inputs]."""
+        return functional.linear(rows, self.weight, self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    attention_norm: Tensor
+    """[hidden_size]"""
+    qkv: Linear
+    q_norm: Tensor | None
+    """[head_dim]"""
+    k_norm: Tensor | None
+    """[head_dim]"""
+    output: Linear
+    mlp_norm: Tensor
+    """[hidden_size]"""
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """All that a checkpoint brings."""
+
+    embedding: Tensor
+    """[vocab_size, hidden_size]"""
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    """[hidden_size]"""
+    head: Linear
+    """Shares its matrix with `embedding` where the checkpoint ties them."""
+
+
+def allocate_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Returns weights of the right shapes, to be filled through `destinations`."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def linear(num_outputs: int, num_inputs: int, *, bias: bool) -> Linear:
+        return Linear(
+            weight=empty(num_outputs, num_inputs), bias=empty(num_outputs) if bias else None
+        )
+
+    hidden, head_dim = config.hidden_size, config.head_dim
+    num_qkv = (config.num_heads + 2 * config.num_kv_heads) * head_dim
+    layers = tuple(
+        LayerWeights(
+            attention_norm=empty(hidden),
+            qkv=linear(num_qkv, hidden, bias=config.qkv_bias),
+            q_norm=empty(head_dim) if config.qk_norm else None,
+            k_norm=empty(head_dim) if config.qk_norm else None,
+            output=linear(hidden, config.num_heads * head_dim, bias=config.o_bias),
+            mlp_norm=empty(hidden),
+            gate_up=linear(2 * config.intermediate_size, hidden, bias=config.mlp_bias),
+            down=linear(hidden, config.intermediate_size, bias=config.mlp_bias),
+        )
+        for _ in range(config.num_layers)
+    )
+    embedding = empty(config.vocab_size, hidden)
+    head = embedding if config.tied_embeddings else empty(config.vocab_size, hidden)
+    return Weights(
+        embedding=embedding,
+        layers=layers,
+        final_norm=empty(hidden),
+        head=Linear(weight=head, bias=None),
+    )
+
+
+def destinations(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
+    """Returns, by its name in the checkpoint, the memory that each tensor is copied to."""
+    places = {
+        "model.embed_tokens.weight": weights.embedding,
+        "model.norm.weight": weights.final_norm,
+    }
+    if not config.tied_embeddings:
+        places["lm_head.weight"] = weights.head.weight
+    for index, layer in enumerate(weights.layers):
+        for name, place in _layer_destinations(config, layer):
+            places[f"model.layers.{index}.{name}"] = place
+    return places
+
+
+def _layer_destinations(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[str, Tensor]]:
+    num_q, num_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield "input_layernorm.weight", layer.attention_norm
+    yield "post_attention_layernorm.weight", layer.mlp_norm
+    if layer.q_norm is not None and layer.k_norm is not None:
+        yield "self_attn.q_norm.weight", layer.q_norm
+        yield "self_attn.k_norm.weight", layer.k_norm
+    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    yield from _split(layer.qkv, attention, (num_q, num_kv, num_kv))
+    yield from _split(layer.output, ("self_attn.o_proj",), (config.hidden_size,))
+    halves = (config.intermediate_size, config.intermediate_size)
+    yield from _split(layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), halves)
+    yield from _split(layer.down, ("mlp.down_proj",), (config.hidden_size,))
+
+
+def _split(
+    linear: Linear, names: tuple[str, ...], sizes: tuple[int, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parts of a merged projection by row ranges."""
+    for name, part in zip(names, torch.split(linear.weight, list(sizes)), strict=True):
+        yield f"{name}.weight", part
+    if linear.bias is not None:
+        for name, part in zip(names, torch.split(linear.bias, list(sizes)), strict=True):
+            yield f"{name}.bias", part
