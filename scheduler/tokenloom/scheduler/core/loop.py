@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 MAX_STEPS_IN_FLIGHT = 2
 """The worker always has the next step when it finishes one."""
 
+SHUTDOWN_TIMEOUT_MS = 5000
+"""A worker needs two steps at most to finish what is in flight."""
+
 
 class CoreLoop:
     """Drives a State between the fronts' and the workers' sockets."""
@@ -99,7 +102,7 @@ class CoreLoop:
                 self._receive_from_fronts()
             self._advance()
         if self._worker is not None:
-            self._send_to_worker(Shutdown())
+            self._shut_down_worker()
 
     def _advance(self) -> None:
         """Sends what steps there are to send, then what the fronts have to know."""
@@ -220,6 +223,14 @@ class CoreLoop:
         admission.end_epoch(self._state)
         for identity in self._front_ids:
             self._send_to_front(identity, ModelLost(reason="the worker is gone"))
+
+    def _shut_down_worker(self) -> None:
+        """Waits until the worker has left: what it has not read is lost when this socket closes."""
+        monitor = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if self._send_to_worker(Shutdown()):
+            monitor.poll(SHUTDOWN_TIMEOUT_MS)
+        self._workers.disable_monitor()
+        monitor.close(linger=0)
 
     def _send_to_worker(self, message: ToWorker) -> bool:
         """Sends to the worker; if it is no longer there, ends the epoch and returns False."""

@@ -33,6 +33,7 @@ class LoadingDisplay:
                 self._bar = tqdm(
                     desc=progress.phase,
                     total=1.0,
+                    leave=False,
                     bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}",
                 )
         if self._bar is not None:

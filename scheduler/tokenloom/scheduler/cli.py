@@ -1,0 +1,204 @@
+"""The commands `tokenloom serve` and `tokenloom scheduler`.
+
+Nothing heavy is imported here: `--help` answers at once, and the processes
+that need gRPC, ZeroMQ or torch are started as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.supervise import Child, supervise
+
+_MAX_SOCKET_PATH_BYTES = 107
+"""What Linux takes as the path of a Unix socket."""
+_STOP_S = 10.0
+"""How long a child may take to end beyond its grace period."""
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+_DEFAULTS = {field.name: field.default for field in fields(SchedulerConfig)}
+_SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("listen", str, "address of the gRPC server: HOST:PORT (port 0: a free one) or unix:PATH"),
+    ("served_name", str, "name told to clients (default: the last part of MODEL)"),
+    ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
+    ("max_model_tokens", int, "longest prompt + completion (default: what the model allows)"),
+    ("max_num_requests", int, "requests that run at once"),
+    ("max_step_tokens", int, "tokens that one step computes at most"),
+    ("max_waiting_requests", int, "requests that may wait; one more is refused"),
+    ("max_waiting_tokens", int, "prompt tokens that may wait in all; more are refused"),
+    ("max_stream_buffer_tokens", int, "tokens kept for a client that does not read"),
+    ("grace_s", float, "seconds that running requests may take to finish after SIGTERM"),
+)
+_WORKER_OPTIONS = (
+    ("device", "DEVICE", "auto, cpu, cuda or cuda:N"),
+    ("attention", "NAME", "attention backend"),
+    ("kv_cache_bytes", "SIZE", "fixed size of the KV cache, such as 1GiB"),
+    ("kv_memory_fraction", "SHARE", "share of the free GPU memory that the KV cache takes"),
+)
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serves a model on this machine: front, core and one worker. Returns the exit code."""
+    parser = _parser(
+        "serve", "Serves a model on this machine: a gRPC server, the scheduler's core, one worker."
+    )
+    parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
+    parser.add_argument(
+        "--run-dir", help="folder for sockets (default: a fresh one, removed at the end)"
+    )
+    _add_scheduler_options(parser)
+    group = parser.add_argument_group(
+        "worker",
+        "defaults are the worker's own; `tokenloom worker --help` tells them",
+    )
+    for name, metavar, text in _WORKER_OPTIONS:
+        group.add_argument(_flag(name), metavar=metavar, help=text)
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("tokenloom.worker") is None:
+        return _refuse("the worker is not installed; `pip install tokenloom-worker` brings it")
+    worker_options = [
+        f"{_flag(name)}={getattr(args, name)}"
+        for name, _, _ in _WORKER_OPTIONS
+        if getattr(args, name) is not None
+    ]
+    return _run(args, worker_options)
+
+
+def scheduler(argv: Sequence[str]) -> int:
+    """Runs front and core; workers are started elsewhere. Returns the exit code."""
+    parser = _parser(
+        "scheduler",
+        "Runs the gRPC server and the scheduler's core. "
+        "A worker joins with `tokenloom worker --connect ipc://RUN_DIR/worker.sock`.",
+    )
+    parser.add_argument("--model", required=True, help="a local folder or a Hub id")
+    parser.add_argument(
+        "--run-dir", required=True, help="folder of mode 700 for sockets; made if absent"
+    )
+    _add_scheduler_options(parser)
+    return _run(parser.parse_args(argv), worker_options=None)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults; an option that tells its default itself is left as it is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in {None, ""} or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"tokenloom {command}", description=description, formatter_class=_HelpFormatter
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
+    for name, kind, text in _SCHEDULER_OPTIONS:
+        parser.add_argument(
+            _flag(name), type=kind, default=_DEFAULTS[name], metavar=name.upper(), help=text
+        )
+    parser.add_argument(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS["prefix_cache"],
+        help="keep blocks of finished requests and find them again",
+    )
+
+
+def _run(args: argparse.Namespace, worker_options: list[str] | None) -> int:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s", stream=sys.stderr
+    )
+    try:
+        _check_model(args.model)
+        with _run_dir(args.run_dir) as run_dir:
+            given = {name: getattr(args, name) for name, _, _ in _SCHEDULER_OPTIONS}
+            config = SchedulerConfig(
+                model=args.model, run_dir=run_dir, prefix_cache=args.prefix_cache, **given
+            )
+            return supervise(_children(config, worker_options))
+    except ConfigError as error:
+        return _refuse(str(error))
+
+
+def _children(config: SchedulerConfig, worker_options: list[str] | None) -> list[Child]:
+    """Returns the processes in the order in which they end."""
+    python = (sys.executable, "-m")
+    children = [
+        Child(
+            name="front",
+            argv=(*python, "tokenloom.scheduler.front", config.to_json()),
+            stop_s=config.grace_s + _STOP_S,
+            hurry_signal=signal.SIGINT,
+        ),
+        Child(
+            name="core",
+            argv=(*python, "tokenloom.scheduler.core", config.to_json()),
+            stop_s=_STOP_S,
+        ),
+    ]
+    if worker_options is not None:
+        argv = (*python, "tokenloom.worker", f"--connect={config.worker_endpoint}")
+        children.append(Child(name="worker", argv=(*argv, *worker_options), stop_s=_STOP_S))
+    return children
+
+
+def _check_model(model: str) -> None:
+    """Raises ConfigError for what is neither a checkpoint's folder nor a Hub id."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{model} has no config.json; it is no checkpoint")
+    elif not _HUB_ID.fullmatch(model):
+        raise ConfigError(f"there is no folder {model}, and that is no Hub id either")
+
+
+@contextmanager
+def _run_dir(given: str | None) -> Iterator[str]:
+    """Yields a folder that only this user can enter. Raises ConfigError."""
+    if given is None:
+        with tempfile.TemporaryDirectory(prefix="tokenloom-") as fresh:
+            yield fresh
+        return
+    folder = Path(given).absolute()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir {folder} cannot be made: {error}") from error
+    status = folder.stat()
+    if status.st_mode & 0o077 or status.st_uid != os.getuid():
+        mode = status.st_mode & 0o777
+        raise ConfigError(
+            f"run_dir {folder} has mode {mode:o} and belongs to user {status.st_uid}; "
+            f"it must be 700 and belong to user {os.getuid()}"
+        )
+    num_bytes = len(os.fsencode(folder / "worker.sock"))
+    if num_bytes > _MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"run_dir {folder} makes socket paths of {num_bytes} bytes; "
+            f"at most {_MAX_SOCKET_PATH_BYTES} work"
+        )
+    yield str(folder)
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"tokenloom: {message}\n")
+    return 2

@@ -1,0 +1,78 @@
+"""The three messages of a Generate stream."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenloom.scheduler.front.streams import End, Piece
+from tokenloom.scheduler.messages import FinishReason
+from tokenloom.v1 import inference_pb2 as pb
+from tokenloom.wire.messages import TokenLogprobs
+
+_REASONS = {
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
+    FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+"""FAULT is none of them: such a stream ends with a status."""
+
+
+def admission_response(
+    request_id: str, *, seed: int, num_prompt_tokens: int, num_cached_tokens: int
+) -> pb.GenerateResponse:
+    """Returns the first message of a stream."""
+    return pb.GenerateResponse(
+        admission=pb.Admission(
+            request_id=request_id,
+            seed=seed,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=num_cached_tokens,
+        )
+    )
+
+
+def delta_response(piece: Piece) -> pb.GenerateResponse:
+    """Returns a piece of the completion."""
+    response = pb.GenerateResponse()
+    delta = response.delta
+    delta.first_index = piece.first_index
+    delta.token_ids.extend(piece.token_ids)
+    delta.text = piece.text
+    if piece.logprobs:
+        delta.logprobs.extend(_logprob(entry) for entry in piece.logprobs)
+    return response
+
+
+def finish_response(
+    end: End, *, num_prompt_tokens: int, num_cached_tokens: int
+) -> pb.GenerateResponse:
+    """Returns the last message of a stream; what the core does not know is left out."""
+    finished = end.finished
+    return pb.GenerateResponse(
+        finish=pb.Finish(
+            reason=_REASONS[finished.reason],
+            usage=pb.Usage(
+                num_prompt_tokens=num_prompt_tokens,
+                num_cached_tokens=num_cached_tokens,
+                num_completion_tokens=finished.num_completion_tokens,
+                queue_s=finished.queue_s,
+                prefill_s=finished.prefill_s,
+                decode_s=finished.decode_s,
+            ),
+            stop_token_id=finished.stop_token_id,
+            stop_string=end.stop_string,
+        )
+    )
+
+
+def _logprob(entry: TokenLogprobs) -> pb.TokenLogprob:
+    ids = np.frombuffer(entry.top_ids, "<i4").tolist()
+    logprobs = np.frombuffer(entry.top_logprobs, "<f4").tolist()
+    return pb.TokenLogprob(
+        logprob=entry.logprob,
+        top=[
+            pb.TopLogprob(token_id=token_id, logprob=logprob)
+            for token_id, logprob in zip(ids, logprobs, strict=True)
+        ],
+    )

@@ -1,0 +1,162 @@
+"""The front's process: the gRPC server around the servicer, from bind to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.front.errors import Absence
+from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
+from tokenloom.scheduler.front.text import TextModel
+from tokenloom.scheduler.messages import ModelReady
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    # A client that vanished without a word is noticed within half a minute;
+    # without the ping time-out a half-open connection is not noticed at all.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients may ping every 10 s; gRPC's own 5 minutes would cut them off.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # A port that another server has is an error, not a port shared in silence.
+    ("grpc.so_reuseport", 0),
+)
+_LAST_CALLS_S = 0.5
+"""For calls that are nearly done when the streams are; health watches end with it."""
+
+_log = logging.getLogger(__name__)
+
+
+class FrontServer:
+    """One front, from `start` to `stop`."""
+
+    def __init__(self, config: SchedulerConfig, text: TextModel) -> None:
+        self._config = config
+        self._text = text
+        self._link = CoreLink(config.core_endpoint, on_model=self._on_model)
+        self._servicer = InferenceServicer(config, text, self._link)
+        self._health = health.aio.HealthServicer()
+        self._health_changed = asyncio.Event()
+        self._health_task: asyncio.Task[None] | None = None
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self.address = ""
+        """Where the server listens, as a client dials it; set by `start`."""
+
+    async def start(self) -> None:
+        """Listens and connects to the core. Raises ConfigError if the address cannot be had."""
+        self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self._server)
+        await self._tell_health()
+        self.address = _bind(self._server, self._config.listen)
+        await self._server.start()
+        self._health_task = asyncio.create_task(self._follow_health())
+        self._link.open()
+        _write_address(Path(self._config.run_dir), self.address)
+        _log.info("listening on %s", self.address)
+
+    async def drain(self, grace_s: float) -> None:
+        """Tells health checks, refuses new requests, lets running ones finish."""
+        await self._health.enter_graceful_shutdown()
+        await self._servicer.drain(grace_s)
+
+    async def stop(self) -> None:
+        """Ends what is left and closes everything."""
+        (Path(self._config.run_dir) / "address").unlink(missing_ok=True)
+        if self._health_task is not None:
+            self._health_task.cancel()
+        await self._server.stop(_LAST_CALLS_S)
+        self._link.close()
+        self._text.close()
+
+    def _on_model(self, model: ModelReady | Absence) -> None:
+        self._servicer.model = model
+        self._health_changed.set()
+        if isinstance(model, ModelReady):
+            _log.info("serving %s on %s", self._config.name, self.address)
+
+    async def _follow_health(self) -> None:
+        while True:
+            await self._health_changed.wait()
+            self._health_changed.clear()
+            await self._tell_health()
+
+    async def _tell_health(self) -> None:
+        is_ready = isinstance(self._servicer.model, ModelReady)
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, _SERVING if is_ready else _NOT_SERVING)
+
+
+async def run(config: SchedulerConfig, text: TextModel) -> None:
+    """Serves until SIGTERM, then drains; SIGINT, and a second SIGTERM, end the grace period."""
+    loop = asyncio.get_running_loop()
+    term, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_term() -> None:
+        (hurry if term.is_set() else term).set()
+
+    def on_int() -> None:
+        term.set()
+        hurry.set()
+
+    loop.add_signal_handler(signal.SIGTERM, on_term)
+    loop.add_signal_handler(signal.SIGINT, on_int)
+    server = FrontServer(config, text)
+    try:
+        await server.start()
+        gc.freeze()  # the tables of the tokenizer are not looked through again
+        await term.wait()
+        await _drain(server, 0.0 if hurry.is_set() else config.grace_s, hurry)
+    finally:
+        await server.stop()
+
+
+async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> None:
+    _log.info("draining; running requests have %g s to finish", grace_s)
+    drained = asyncio.create_task(server.drain(grace_s))
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not drained.done():
+        drained.cancel()
+        await server.drain(0.0)
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> str:
+    """Binds the server; returns the address with the real port. Raises ConfigError."""
+    # The umask counts only for a Unix socket: other users could otherwise connect.
+    umask = os.umask(0o177)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {listen}: {error}") from error
+    finally:
+        os.umask(umask)
+    if listen.startswith("unix:"):
+        return listen
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _write_address(run_dir: Path, address: str) -> None:
+    """Tells in `run_dir/address` where the server listens, whole or not at all."""
+    draft = run_dir / "address.draft"
+    draft.write_text(address, encoding="utf-8")
+    draft.replace(run_dir / "address")

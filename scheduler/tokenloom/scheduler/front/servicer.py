@@ -1,0 +1,304 @@
+"""The Inference service: validation, text and one coroutine a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TypeAlias, TypeVar, assert_never
+
+import grpc
+import grpc.aio
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
+
+from tokenloom.scheduler.config import SchedulerConfig
+from tokenloom.scheduler.front.chat import TemplateError
+from tokenloom.scheduler.front.errors import (
+    Absence,
+    InvalidRequest,
+    RequestError,
+    Unavailable,
+    Violation,
+    abort,
+    fault_of,
+)
+from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.responses import admission_response, delta_response, finish_response
+from tokenloom.scheduler.front.stops import StopScanner, stop_strings
+from tokenloom.scheduler.front.streams import BLOCKED_WRITE_S, End, Stream
+from tokenloom.scheduler.front.text import TextModel
+from tokenloom.scheduler.front.turns import Turns
+from tokenloom.scheduler.front.validate import (
+    ChatPrompt,
+    GenerateSpec,
+    Limits,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+    fit,
+    validate_detokenize,
+    validate_generate,
+    validate_tokenize,
+)
+from tokenloom.scheduler.messages import ModelReady, Submit
+from tokenloom.v1 import inference_pb2 as pb
+
+MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
+"""A little more than the largest prompt that validation lets through."""
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+_Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+_Request = TypeVar("_Request", bound=Message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What a Generate stream needs beside its pieces."""
+
+    request_id: str
+    seed: int
+    num_prompt_tokens: int
+
+
+class InferenceServicer:
+    """Serves one model: text here, tokens from the core."""
+
+    def __init__(self, config: SchedulerConfig, text: TextModel, link: CoreLink) -> None:
+        self._config = config
+        self._text = text
+        self._link = link
+        self._numbers = itertools.count()
+        self._turns = Turns()
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining: Absence | None = None
+        self.model: ModelReady | Absence = Absence(
+            reason="NOT_READY", message="the model is loading"
+        )
+        """What the core serves, or why it serves nothing."""
+
+    # Life ------------------------------------------------------------------------------------
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuses new requests and waits for the running ones; ends those left after `grace_s`."""
+        self._draining = Absence(reason="DRAINING", message="the server shuts down")
+        if not await self._idle_within(grace_s):
+            self._link.fail_all(self._draining)
+            await self._idle_within(2 * BLOCKED_WRITE_S)
+
+    async def _idle_within(self, limit_s: float) -> bool:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_running -= 1
+            if self._num_running == 0:
+                self._idle.set()
+
+    def _limits(self) -> Limits:
+        """Returns what the model allows. Raises Unavailable if there is none."""
+        if self._draining is not None:
+            raise Unavailable(self._draining)
+        if isinstance(self.model, Absence):
+            raise Unavailable(self.model)
+        text = self._text
+        vocab_size = self.model.vocab_size
+        return Limits(
+            vocab_size=vocab_size,
+            max_model_tokens=self.model.max_model_tokens,
+            longest_token_bytes=text.longest_token_bytes,
+            eos_token_ids=tuple(eos for eos in text.eos_token_ids if eos < vocab_size),
+            has_chat_template=text.has_chat_template,
+        )
+
+    # Calls -----------------------------------------------------------------------------------
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Returns the service as a server takes it.
+
+        Requests are parsed inside the boundary of each call, so that garbage
+        is refused like any other bad request.
+        """
+        unary = grpc.unary_unary_rpc_method_handler
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    _bounded(pb.GenerateRequest, self.generate)
+                ),
+                "Tokenize": unary(_bounded(pb.TokenizeRequest, self.tokenize)),
+                "Detokenize": unary(_bounded(pb.DetokenizeRequest, self.detokenize)),
+                "GetModel": unary(_bounded(pb.GetModelRequest, self.get_model)),
+            },
+        )
+
+    async def generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+        """Streams one completion."""
+        async with self._running():
+            await self._generate(request, context)
+
+    async def tokenize(self, request: pb.TokenizeRequest, _: _Context) -> pb.TokenizeResponse:
+        """Returns the token ids that Generate would use."""
+        prompt = validate_tokenize(request, self._limits())
+        return pb.TokenizeResponse(token_ids=await self._tokens(prompt))
+
+    async def detokenize(self, request: pb.DetokenizeRequest, _: _Context) -> pb.DetokenizeResponse:
+        """Returns the text of token ids."""
+        ids, skip_special_tokens = validate_detokenize(request, self._limits())
+        text = await self._text.decode(ids, skip_special_tokens=skip_special_tokens)
+        return pb.DetokenizeResponse(text=text)
+
+    async def get_model(self, _: pb.GetModelRequest, __: _Context) -> pb.GetModelResponse:
+        """Describes the served model."""
+        limits = self._limits()
+        return pb.GetModelResponse(
+            name=self._config.name,
+            architecture=self._text.architecture,
+            vocab_size=limits.vocab_size,
+            max_model_tokens=limits.max_model_tokens,
+            eos_token_ids=limits.eos_token_ids,
+            has_chat_template=limits.has_chat_template,
+            server_version=_SERVER_VERSION,
+        )
+
+    # A stream --------------------------------------------------------------------------------
+
+    async def _generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+        limits = self._limits()
+        spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
+        tokens = await self._tokens(spec.prompt)
+        max_tokens = fit(spec, len(tokens), limits)
+        stream = self._stream(spec)
+        call = _Call(
+            request_id=uuid.uuid4().hex,
+            seed=spec.sampling.seed,
+            num_prompt_tokens=len(tokens),
+        )
+        submit = Submit(
+            stream=stream.number,
+            tokens=tokens.tobytes(),
+            max_tokens=max_tokens,
+            sampling=spec.sampling,
+            salt="",
+        )
+        try:
+            self._link.submit(stream, submit)
+            await self._deliver(stream, call, context)
+        finally:
+            self._link.release(stream)
+
+    async def _deliver(self, stream: Stream, call: _Call, context: _Context) -> None:
+        """Writes a stream's messages. The first write sends the initial metadata with it.
+
+        Until then a refusal is trailers alone, which a client's retry policy may
+        retry; after it nobody runs the request again behind the client's back.
+        """
+        num_cached_tokens = await stream.admitted()
+        admission = admission_response(
+            call.request_id,
+            seed=call.seed,
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_cached_tokens=num_cached_tokens,
+        )
+        await stream.write(context.write(admission.SerializeToString()))
+        end: End | None = None
+        while end is None:
+            await stream.ready()
+            async with self._turns.turn():
+                piece = stream.take()
+                end = piece.end
+                if piece.token_ids or piece.text:
+                    delta = delta_response(piece)
+                    await stream.write(context.write(delta.SerializeToString()))
+        finish = finish_response(
+            end,
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_cached_tokens=num_cached_tokens,
+        )
+        await stream.write(context.write(finish.SerializeToString()))
+
+    def _stream(self, spec: GenerateSpec) -> Stream:
+        return Stream(
+            number=next(self._numbers),
+            detokenizer=self._text.detokenizer(skip_special_tokens=spec.skip_special_tokens),
+            scanner=StopScanner(stop_strings(spec.stop_strings)) if spec.stop_strings else None,
+            min_tokens=spec.sampling.min_tokens,
+            stop_token_ids=frozenset(spec.sampling.stop_token_ids),
+            max_buffer_tokens=self._config.max_stream_buffer_tokens,
+            on_stop=self._link.stop,
+        )
+
+    async def _tokens(self, prompt: Prompt) -> NDArray[np.int32]:
+        match prompt:
+            case TokenPrompt():
+                return prompt.ids
+            case TextPrompt():
+                return await self._text.encode(prompt.text)
+            case ChatPrompt():
+                try:
+                    return await self._text.encode_chat(prompt.messages)
+                except TemplateError as error:
+                    violation = Violation(field=prompt.field, description=str(error)[:256])
+                    raise InvalidRequest([violation]) from error
+            case _:
+                assert_never(prompt)
+
+
+def _bounded(
+    request_type: type[_Request],
+    serve: Callable[[_Request, _Context], Awaitable[Message | None]],
+) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
+    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
+
+    async def call(data: bytes, context: _Context) -> bytes | None:
+        try:
+            response = await serve(_parse(request_type, data), context)
+        except RequestError as error:
+            refusal = error
+        except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
+            raise asyncio.CancelledError from error
+        except Exception as error:  # noqa: BLE001 - the boundary around each call
+            refusal = fault_of(error)
+        else:
+            return None if response is None else response.SerializeToString()
+        return await abort(context, refusal)
+
+    return call
+
+
+def _parse(request_type: type[_Request], data: bytes) -> _Request:
+    try:
+        return request_type.FromString(data)
+    except DecodeError as error:
+        name = request_type.DESCRIPTOR.full_name
+        violation = Violation(field="request", description=f"is not readable as {name}")
+        raise InvalidRequest([violation], "MALFORMED") from error
+
+
+def _server_version() -> str:
+    try:
+        return version("tokenloom-scheduler")
+    except PackageNotFoundError:  # run from a checkout
+        return "checkout"
+
+
+_SERVER_VERSION = _server_version()

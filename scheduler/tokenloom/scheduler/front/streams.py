@@ -1,0 +1,243 @@
+"""One request's way from the core to its client.
+
+    CoreLink ── admit, push, finish, fail ──▶ Stream ── ready, take, write ──▶ client
+                 once a step, cheap                     once a write, with the text work
+
+While a write to the client is in flight, tokens gather in the stream; the next
+write takes all of them. A stream without stop strings does its text work at
+the write; one with stop strings at each token, because a match must be told
+to the core at once.
+
+Token ids are delivered with the delta in which they came, text when it is
+final: a delta may have ids whose text follows with a later one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from tokenloom.scheduler.front.detokenize import Detokenizer
+from tokenloom.scheduler.front.errors import (
+    ClientTooSlow,
+    EndedByOperator,
+    RequestError,
+    fault,
+)
+from tokenloom.scheduler.front.stops import StopScanner
+from tokenloom.scheduler.messages import Finished, FinishReason
+from tokenloom.wire.messages import TokenLogprobs
+
+BLOCKED_WRITE_S = 0.5
+"""A write that takes longer than this when its stream fails is blocked by the client."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a completion ended."""
+
+    finished: Finished
+    stop_string: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What a stream has for one write."""
+
+    first_index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprobs]
+    """One for each token, or none at all."""
+    end: End | None
+    """Set in the last piece."""
+
+
+class Stream:
+    """State of one stream; its methods never wait, but for `admitted`, `ready` and `write`."""
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        detokenizer: Detokenizer,
+        scanner: StopScanner | None,
+        min_tokens: int,
+        stop_token_ids: frozenset[int],
+        max_buffer_tokens: int,
+        on_stop: Callable[[int, int], None],
+    ) -> None:
+        """`on_stop(number, num_tokens)` is called when the text held a stop string."""
+        self.number = number
+        self.error: RequestError | None = None
+        self._detokenizer = detokenizer
+        self._scanner = scanner
+        self._min_tokens = min_tokens
+        self._stop_token_ids = stop_token_ids
+        self._max_buffer_tokens = max_buffer_tokens
+        self._on_stop = on_stop
+
+        self._num_tokens = 0
+        self._pending: list[int] = []
+        self._pending_logprobs: list[TokenLogprobs] = []
+        self._pending_text = ""
+        self._stop_string: str | None = None
+        self._num_cached_tokens: int | None = None
+        self._finished: Finished | None = None
+        self.is_over = False
+        """Whether the core is done with the request, or never took it."""
+
+        self._waiter: asyncio.Future[None] | None = None
+        self._writer: asyncio.Task[object] | None = None
+
+    # From the core ---------------------------------------------------------------------------
+
+    def refuse(self, error: RequestError) -> None:
+        """The core did not take the request, or is gone with it."""
+        self.is_over = True
+        self.fail(error)
+
+    def admit(self, num_cached_tokens: int) -> None:
+        """The request got its place."""
+        self._num_cached_tokens = num_cached_tokens
+        self._wake()
+
+    def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """The next token came."""
+        if self._stop_string is not None or self.error is not None:
+            return  # was under way when the stream ended
+        self._num_tokens += 1
+        self._pending.append(token)
+        if logprobs is not None:
+            self._pending_logprobs.append(logprobs)
+        if self._scanner is not None:
+            self._scan(self._scanner, token)
+        if len(self._pending) > self._max_buffer_tokens:
+            self.fail(ClientTooSlow(self._max_buffer_tokens))
+        elif self._waiter is not None:
+            self._wake()
+
+    def finish(self, finished: Finished) -> None:
+        """The core's last word on the request."""
+        self._finished = finished
+        self.is_over = True
+        if self.error is None:
+            self._conclude(finished)
+        self._wake()
+
+    def fail(self, error: RequestError) -> None:
+        """Ends the stream with an error, soon also out of a write that the client blocks."""
+        if self.error is not None:
+            return
+        self.error = error
+        if self._writer is not None:
+            # A write that is only under way must end by itself: gRPC takes no status before.
+            asyncio.get_running_loop().call_later(BLOCKED_WRITE_S, self._interrupt, self._writer)
+        self._wake()
+
+    def _interrupt(self, writer: asyncio.Task[object]) -> None:
+        if self._writer is writer:
+            writer.cancel()
+
+    def _conclude(self, finished: Finished) -> None:
+        if self._num_cached_tokens is None:
+            self.fail(EndedByOperator())
+        elif finished.reason is FinishReason.FAULT:
+            self.fail(fault("the model's numbers are not finite", "MODEL_FAULT"))
+        elif self._stop_string is None and finished.num_completion_tokens != self._num_tokens:
+            what = f"{self._num_tokens} of {finished.num_completion_tokens} tokens came"
+            self.fail(fault(what, "TOKENS_LOST"))
+        elif self._scanner is not None and self._stop_string is None:
+            self._scan_text(self._scanner, self._detokenizer.flush())
+            self._pending_text += self._scanner.flush()
+
+    def _scan(self, scanner: StopScanner, token: int) -> None:
+        if token in self._stop_token_ids:
+            return
+        self._scan_text(scanner, self._detokenizer.feed((token,)))
+        if self._stop_string is not None:
+            self._on_stop(self.number, self._num_tokens)
+
+    def _scan_text(self, scanner: StopScanner, text: str) -> None:
+        final, match = scanner.feed(text, may_stop=self._num_tokens >= self._min_tokens)
+        self._pending_text += final
+        self._stop_string = match
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    # To the client ---------------------------------------------------------------------------
+
+    async def admitted(self) -> int:
+        """Waits for the place; returns num_cached_tokens. Raises the stream's error."""
+        while self.error is None and self._num_cached_tokens is None:
+            await self._wait()
+        if self.error is not None:
+            raise self.error
+        assert self._num_cached_tokens is not None
+        return self._num_cached_tokens
+
+    async def ready(self) -> None:
+        """Waits until there is something to write, or an error."""
+        while self.error is None and not self._pending and self._finished is None:
+            await self._wait()
+
+    def take(self) -> Piece:
+        """Takes all that there is to write. Raises the stream's error."""
+        if self.error is not None:
+            raise self.error
+        token_ids, self._pending = self._pending, []
+        logprobs, self._pending_logprobs = self._pending_logprobs, []
+        text = self._take_text(token_ids)
+        return Piece(
+            first_index=self._num_tokens - len(token_ids),
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            end=self._end(),
+        )
+
+    def _take_text(self, token_ids: list[int]) -> str:
+        """Returns the text that became final with the ids taken now."""
+        if self._scanner is not None:
+            text, self._pending_text = self._pending_text, ""
+            return text
+        if token_ids and token_ids[-1] in self._stop_token_ids:  # the core ends there
+            token_ids = token_ids[:-1]
+        text = self._detokenizer.feed(token_ids)
+        return text if self._finished is None else text + self._detokenizer.flush()
+
+    def _end(self) -> End | None:
+        finished = self._finished
+        if finished is None:
+            return None
+        if self._stop_string is not None:  # the core may have gone on, or ended otherwise
+            finished = msgspec.structs.replace(
+                finished,
+                reason=FinishReason.STOP_STRING,
+                stop_token_id=None,
+                num_completion_tokens=self._num_tokens,
+            )
+        return End(finished=finished, stop_string=self._stop_string)
+
+    async def write(self, write: Awaitable[None]) -> None:
+        """Waits for a write to the client. Raises the stream's error if it ends meanwhile."""
+        task = asyncio.current_task()
+        self._writer = task
+        try:
+            await write
+        except asyncio.CancelledError:
+            if self.error is None or task is None or task.uncancel() > 0:
+                raise
+            raise self.error from None
+        finally:
+            self._writer = None
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tokenloom.scheduler import cli
+from tokenloom.scheduler.config import SchedulerConfig
+from tokenloom.scheduler.supervise import Child
+from tokenloom.v1 import inference_pb2 as pb
+from tokenloom.v1.inference_pb2_grpc import InferenceStub
+
+
+class Started:
+    """What `supervise` was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.children: list[Child] = []
+        monkeypatch.setattr(cli, "supervise", self._supervise)
+
+    def _supervise(self, children: list[Child]) -> int:
+        self.children = children
+        self.run_dir_mode = Path(self.config.run_dir).stat().st_mode & 0o777
+        return 0
+
+    @property
+    def config(self) -> SchedulerConfig:
+        return SchedulerConfig.from_json(self.children[0].argv[-1])
+
+    def argv(self, name: str) -> tuple[str, ...]:
+        return next(child.argv for child in self.children if child.name == name)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    return Started(monkeypatch)
+
+
+def test_serve_starts_front_core_and_worker(started: Started, checkpoint: Path) -> None:
+    assert cli.serve([str(checkpoint), "--device=cpu", "--kv-cache-bytes", "64MiB"]) == 0
+    assert [child.name for child in started.children] == ["front", "core", "worker"]
+    assert started.argv("core")[-1] == started.argv("front")[-1]
+    assert started.argv("worker")[1:] == (
+        "-m",
+        "tokenloom.worker",
+        f"--connect={started.config.worker_endpoint}",
+        "--device=cpu",
+        "--kv-cache-bytes=64MiB",
+    )
+    assert started.config.name == "tiny"
+
+
+def test_a_fresh_run_dir_is_private_and_removed(started: Started, checkpoint: Path) -> None:
+    cli.serve([str(checkpoint)])
+    assert started.run_dir_mode == 0o700
+    assert not Path(started.config.run_dir).exists()
+
+
+def test_a_given_run_dir_is_made_private_and_kept(
+    started: Started, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert cli.scheduler(["--model", str(checkpoint), "--run-dir", str(tmp_path / "run")]) == 0
+    assert [child.name for child in started.children] == ["front", "core"]
+    assert started.run_dir_mode == 0o700
+    assert (tmp_path / "run").is_dir()
+
+
+def test_defaults_are_those_of_the_configuration(started: Started, checkpoint: Path) -> None:
+    cli.serve([str(checkpoint)])
+    made = started.config
+    assert made == SchedulerConfig(model=str(checkpoint), run_dir=made.run_dir)
+
+
+def test_every_field_of_the_configuration_has_an_option(
+    started: Started, checkpoint: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, object] = {
+        "served_name": "parrot",
+        "listen": "0.0.0.0:0",
+        "dtype": "float32",
+        "max_model_tokens": 77,
+        "max_num_requests": 5,
+        "max_step_tokens": 6,
+        "max_waiting_requests": 7,
+        "max_waiting_tokens": 8,
+        "max_stream_buffer_tokens": 9,
+        "grace_s": 1.5,
+    }
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    run_dir = tmp_path / "run"
+    cli.serve([str(checkpoint), f"--run-dir={run_dir}", "--no-prefix-cache", *options])
+    for field in fields(SchedulerConfig):
+        if field.name in settings:
+            assert getattr(started.config, field.name) == settings[field.name]
+        else:
+            assert field.name in {"model", "run_dir", "prefix_cache"}
+    assert not started.config.prefix_cache
+    assert started.config.run_dir == str(run_dir)
+
+
+def test_bad_options_are_refused_with_code_2(
+    started: Started,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    open_dir = tmp_path / "open"
+    open_dir.mkdir()
+    open_dir.chmod(0o755)
+    model = str(checkpoint)
+    cases = [
+        ([str(tmp_path / "none")], "there is no folder"),
+        ([str(tmp_path)], "has no config.json"),
+        ([model, "--max-num-requests=0"], "max_num_requests is 0; it must be at least 1"),
+        ([model, f"--run-dir={open_dir}"], "has mode 755"),
+        ([model, f"--run-dir={tmp_path / ('x' * 200)}"], "at most 107 work"),
+        ([model, f"--run-dir={checkpoint / 'config.json'}"], "cannot be made"),
+    ]
+    for argv, part in cases:
+        assert cli.serve(argv) == 2
+        assert part in capsys.readouterr().err
+    assert started.children == []
+
+
+@pytest.mark.parametrize("command", ["serve", "scheduler"])
+def test_help_shows_defaults_and_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\n"
+        "from tokenloom.scheduler import __main__ as main\n"
+        f"try: main.main(['{command}', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'grpc', 'zmq', 'numpy', 'asyncio', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "(default: 127.0.0.1:50051)" in " ".join(shown.split())
+    assert "--max-model-tokens" in shown
+
+
+def test_scheduler_and_a_worker_started_on_its_own_serve(checkpoint: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    scheduler = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tokenloom.scheduler", "scheduler"),
+            *("--model", str(checkpoint), "--run-dir", str(run_dir), "--listen=127.0.0.1:0"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    worker = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tokenloom.worker.fake"),
+            f"--connect=ipc://{run_dir}/worker.sock",
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        address = run_dir / "address"
+        deadline = time.monotonic() + 60
+        while not address.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with grpc.insecure_channel(address.read_text()) as channel:
+            request = pb.GenerateRequest(text="The quick", stopping=pb.Stopping(max_tokens=20))
+            events = _generate_when_ready(InferenceStub(channel), request)
+        assert events[0].HasField("admission")
+        assert events[-1].finish.usage.num_completion_tokens == 20
+        scheduler.send_signal(signal.SIGTERM)
+        _, log = scheduler.communicate(timeout=30)
+        assert scheduler.returncode == 0, log
+        assert "serving tiny on 127.0.0.1:" in log
+        worker.terminate()
+        assert worker.wait(timeout=30) == 0
+        assert not address.exists()
+    finally:
+        for process in (scheduler, worker):
+            process.kill()
+            process.communicate()
+
+
+def _generate_when_ready(
+    stub: InferenceStub, request: pb.GenerateRequest
+) -> list[pb.GenerateResponse]:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return list(stub.Generate(request))
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+# A child that notes what happens to it. With a grace period it ends when its file `go` is there,
+# or at once when it is hurried.
+CHILD = """
+import os, signal, sys, time
+name, folder, kind = sys.argv[1:]
+
+def note(word):
+    with open(f"{folder}/log", "a") as log:
+        log.write(f"{name} {word}\\n")
+
+def on_term(*_):
+    note("term")
+    if kind == "graceful":
+        while not os.path.exists(f"{folder}/go"):
+            time.sleep(0.01)
+    if kind != "deaf":
+        note("end")
+        sys.exit(0)
+
+def on_int(*_):
+    note("int")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, on_term)
+signal.signal(signal.SIGINT, on_int)
+open(f"{folder}/{name}.pid", "w").write(str(os.getpid()))
+note("start")
+while not os.path.exists(f"{folder}/{name}.die"):
+    time.sleep(0.01)
+sys.exit(3)
+"""
+SUPERVISOR = """
+import logging, signal, sys
+from tokenloom.scheduler.supervise import Child, supervise
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+child, folder, kind = sys.argv[1:]
+def make(name, kind, stop_s):
+    argv = (sys.executable, child, name, folder, kind)
+    return Child(name=name, argv=argv, stop_s=stop_s, hurry_signal=signal.SIGINT)
+first = make("first", kind, 0.3 if kind == "deaf" else 60.0)
+sys.exit(supervise([first, make("second", "plain", 60.0), make("third", "plain", 60.0)]))
+"""
+NAMES = ("first", "second", "third")
+
+
+class Supervised:
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        (folder / "child.py").write_text(textwrap.dedent(CHILD))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SUPERVISOR, str(folder / "child.py"), str(folder), kind],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in NAMES:
+            self.until(f"{name} start")
+        pids = [int((folder / f"{name}.pid").read_text()) for name in NAMES]
+        self.children = [psutil.Process(pid) for pid in pids]
+
+    @property
+    def log(self) -> list[str]:
+        path = self.folder / "log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def until(self, line: str) -> None:
+        deadline = time.monotonic() + 30
+        while line not in self.log:
+            assert time.monotonic() < deadline, f"{line!r} never came; {self.log}"
+            time.sleep(0.01)
+
+    def ended(self) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=30)
+        return self.process.returncode, errors
+
+    def no_child_is_left(self) -> bool:
+        gone, _ = psutil.wait_procs(self.children, timeout=20)
+        return len(gone) == len(self.children)
+
+
+@pytest.fixture
+def kind() -> str:
+    return "plain"
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, kind: str) -> Iterator[Supervised]:
+    supervised = Supervised(tmp_path, kind)
+    yield supervised
+    supervised.process.kill()
+    supervised.process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_children_start_from_last_to_first_and_end_from_first_to_last(
+    supervised: Supervised, number: signal.Signals
+) -> None:
+    supervised.process.send_signal(number)
+    assert supervised.ended() == (0, "")
+    words = [line for line in supervised.log if "start" not in line]
+    assert words == [f"{name} {word}" for name in NAMES for word in ("term", "end")]
+
+
+@pytest.mark.parametrize("kind", ["graceful"])
+def test_a_child_is_waited_for_before_the_next_is_told(supervised: Supervised) -> None:
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.until("first term")
+    assert "second term" not in supervised.log
+    (supervised.folder / "go").touch()
+    assert supervised.ended() == (0, "")
+    assert supervised.log.index("first end") < supervised.log.index("second term")
+
+
+@pytest.mark.parametrize("kind", ["graceful"])
+def test_a_second_signal_ends_the_grace_period(supervised: Supervised) -> None:
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.until("first term")
+    supervised.process.send_signal(signal.SIGINT)
+    assert supervised.ended() == (0, "")
+    assert "first int" in supervised.log
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_child_that_dies_ends_everything(supervised: Supervised, name: str) -> None:
+    (supervised.folder / f"{name}.die").touch()
+    code, errors = supervised.ended()
+    assert code == 1
+    assert f"{name} (pid " in errors
+    assert "exited with code 3; ending everything" in errors
+    assert supervised.no_child_is_left()
+    for other in NAMES:
+        assert (f"{other} int" in supervised.log) == (other != name)
+
+
+def test_a_killed_child_is_told_by_its_signal(supervised: Supervised) -> None:
+    os.kill(supervised.children[1].pid, signal.SIGKILL)
+    code, errors = supervised.ended()
+    assert code == 1
+    assert "was killed by SIGKILL; ending everything" in errors
+
+
+@pytest.mark.parametrize("kind", ["deaf"])
+def test_a_child_that_does_not_end_is_killed(supervised: Supervised) -> None:
+    supervised.process.send_signal(signal.SIGTERM)
+    code, errors = supervised.ended()
+    assert code == 1
+    assert "first does not end; it is killed" in errors
+    assert supervised.log[-1] == "third end"
+
+
+def test_kill_minus_9_of_the_supervisor_leaves_nothing_behind(supervised: Supervised) -> None:
+    supervised.process.kill()
+    assert supervised.no_child_is_left()
+
+
+def test_ctrl_c_on_the_terminal_reaches_the_supervisor_alone(supervised: Supervised) -> None:
+    groups = {os.getpgid(child.pid) for child in supervised.children}
+    assert os.getpgid(supervised.process.pid) not in groups
+    assert len(groups) == len(NAMES)
