@@ -1,0 +1,150 @@
+"""Streams through gRPC with a fake worker: what everything around the GPU can carry.
+
+    python bench/streams.py [--streams 1 64 256 1000] [--step-ms 5] [--seconds 10]
+
+Starts a front on the pocket model's tokenizer, a core and a fake worker that
+steps every --step-ms, and loads them with client processes (stream_load.py).
+Prints for each number of streams a line of JSON: tokens and deltas per second
+beside the tokens wanted (what the worker's pace allows), CPU seconds of each
+process per 100,000 tokens, the core's delay (timed_core.py) and answer time
+(fake_worker.py), and the share of time that the worker waited for work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from tokenloom.scheduler.config import SchedulerConfig
+
+BENCH = Path(__file__).parent
+MODEL = BENCH.parent / "models" / "pocket"
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 20.0
+
+
+def main() -> None:
+    """Measures each number of streams and prints a line of JSON for it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256, 1000])
+    parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--processes", type=int, default=1, help="of clients")
+    parser.add_argument("--tokens", type=int, default=512, help="that a stream asks for")
+    options = parser.parse_args()
+    for num_streams in options.streams:
+        with tempfile.TemporaryDirectory(prefix="loom-bench-") as run_dir:
+            result = measure(num_streams, options, Path(run_dir))
+        print(json.dumps(result), flush=True)
+
+
+def measure(num_streams: int, options: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    """Returns the figures for one number of streams, with processes of their own."""
+    vocab_size = json.loads((MODEL / "config.json").read_text())["vocab_size"]
+    config = SchedulerConfig(
+        model=str(MODEL),
+        run_dir=str(run_dir),
+        listen="127.0.0.1:0",
+        max_num_requests=max(256, num_streams),
+    )
+    commands = {
+        "core": (BENCH / "timed_core.py", run_dir / "core.json", config.to_json()),
+        "front": ("-m", "tokenloom.scheduler.front", config.to_json()),
+        "worker": (
+            *(BENCH / "fake_worker.py", config.worker_endpoint, options.step_ms),
+            *(vocab_size, run_dir / "worker.json"),
+        ),
+    }
+    with ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(started(command)) for name, command in commands.items()
+        }
+        address = wait_for(run_dir / "address", list(processes.values()))
+        load = stack.enter_context(
+            started(
+                (
+                    *(BENCH / "stream_load.py", address, "--streams", num_streams),
+                    *("--processes", options.processes, "--tokens", options.tokens),
+                    *("--seconds", options.seconds, "--warmup-s", options.seconds / 2),
+                ),
+                stdout=subprocess.PIPE,
+            )
+        )
+        # The middle of the measured time, clear of start and end.
+        time.sleep(options.seconds * 0.75 + 1.0)
+        before = cpu_s(processes)
+        begin_s = time.monotonic()
+        time.sleep(options.seconds * 0.6)
+        end_s, after = time.monotonic(), cpu_s(processes)
+        figures: dict[str, Any] = json.loads(load.communicate()[0])
+        for name in ("front", "core"):  # the core tells the worker
+            processes[name].terminate()
+            processes[name].wait(STOP_TIMEOUT_S)
+        processes["worker"].wait(STOP_TIMEOUT_S)
+    num_tokens = figures["tokens_per_s"] * (end_s - begin_s)
+    used = {name: after[name] - before[name] for name in processes}
+    delays = window(run_dir / "core.json", begin_s, end_s)
+    steps = window(run_dir / "worker.json", begin_s, end_s)
+    return (
+        {"wanted_tokens_per_s": round(num_streams / (options.step_ms / 1000))}
+        | figures
+        | {
+            f"{name}_cpu_s_per_100k_tokens": round(1e5 * s / num_tokens, 2)
+            for name, s in used.items()
+        }
+        | {f"{name}_busy": round(s / (end_s - begin_s), 3) for name, s in used.items()}
+        | {"core_delay_ms": percentiles_ms(delays[:, 1]), "answer_ms": percentiles_ms(steps[:, 1])}
+        | {"worker_waited_share": round(float(steps[:, 2].sum() / (end_s - begin_s)), 4)}
+    )
+
+
+def started(command: Sequence[object], stdout: int | None = None) -> subprocess.Popen[bytes]:
+    """Starts Python with a command line; what it logs is not shown."""
+    argv = [sys.executable, *map(str, command)]
+    return subprocess.Popen(argv, stdout=stdout, stderr=subprocess.DEVNULL)
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen[bytes]]) -> str:
+    """Returns a file's text once it is there. Raises RuntimeError if a process ends instead."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not path.exists():
+        ended = [process.args for process in processes if process.poll() is not None]
+        if ended or time.monotonic() > deadline_s:
+            for process in processes:
+                process.kill()
+            raise RuntimeError(f"{path.name} did not appear; ended by then: {ended}")
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def window(path: Path, begin_s: float, end_s: float) -> np.ndarray:
+    """Returns the rows of a report whose first column lies in the measured time."""
+    rows = np.array(json.loads(path.read_text()))
+    return rows[(rows[:, 0] >= begin_s) & (rows[:, 0] < end_s)]
+
+
+def percentiles_ms(seconds: np.ndarray) -> dict[str, float]:
+    """Returns the median and the 99th percentile in milliseconds."""
+    p50, p99 = np.percentile(1000 * seconds, (50, 99)).tolist()
+    return {"p50": round(p50, 3), "p99": round(p99, 3)}
+
+
+def cpu_s(processes: dict[str, subprocess.Popen[bytes]]) -> dict[str, float]:
+    """Returns the CPU seconds that each process has used."""
+    times = {name: psutil.Process(each.pid).cpu_times() for name, each in processes.items()}
+    return {name: float(each.user + each.system) for name, each in times.items()}
+
+
+if __name__ == "__main__":
+    main()
