@@ -201,11 +201,15 @@ class Sampling(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits. 0 is greedy: the most likely token. Default 1."""
+    """Divides the logits; 0 or more. 0 is greedy, the most likely token, and so is
+    anything below 0.0001. Default 1.
+    """
     top_p: _builtins.float
     """Keeps the smallest set of tokens whose probability reaches top_p, in (0, 1]. Default 1."""
     top_k: _builtins.int
-    """Keeps the top_k most likely tokens; 0 keeps all. Default 0."""
+    """Keeps the top_k most likely tokens; 0, or the vocabulary's size and more, keeps
+    all. Default 0.
+    """
     min_p: _builtins.float
     """Keeps tokens at least min_p times as likely as the likeliest, in [0, 1]. Default 0."""
     presence_penalty: _builtins.float
@@ -214,7 +218,7 @@ class Sampling(_message.Message):
     """Subtracted for each occurrence of a token in the completion, in [-2, 2]. Default 0."""
     repetition_penalty: _builtins.float
     """Divides positive and multiplies negative logits of tokens already in the
-    prompt or the completion, in (0, 10]. Default 1.
+    prompt or the completion, in [0.01, 10]. Default 1.
     """
     seed: _builtins.int
     """The draw of a token depends on (seed, position) alone. Absent: the server
