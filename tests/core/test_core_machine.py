@@ -9,30 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.core.processes import sampling
 from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
 from tokenloom.scheduler.messages import Abort, Stop, Submit
-from tokenloom.wire.messages import Configure, SamplingParams, StepDone
+from tokenloom.wire.messages import Configure, StepDone
 from tokenloom.worker.fake import FakeConfig, FakeModel, expected_tokens
 
 EOS = 1
-
-
-def sampling(seed: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        seed=seed,
-        min_tokens=0,
-        stop_token_ids=(EOS,),
-        logit_bias=(),
-        num_top_logprobs=None,
-    )
 
 
 def undisturbed(config: FakeConfig, prompt: list[int], max_tokens: int, seed: int) -> list[int]:
@@ -90,14 +74,7 @@ class CoreMachine(RuleBasedStateMachine):
                 max_step_tokens=self.limits.max_step_tokens,
             )
         )
-        self.spec = ModelSpec(
-            epoch=self.epoch,
-            vocab_size=ready.vocab_size,
-            max_model_tokens=ready.max_model_tokens,
-            block_size=ready.block_size,
-            num_blocks=ready.num_blocks,
-        )
-        admission.begin_epoch(self.state, self.spec)
+        admission.begin_epoch(self.state, ModelSpec.of(ready))
 
     @rule(
         prompt=st.lists(st.integers(2, 4), min_size=1, max_size=20),
@@ -117,7 +94,7 @@ class CoreMachine(RuleBasedStateMachine):
                 stream=stream,
                 tokens=np.array(prompt, np.int32).tobytes(),
                 max_tokens=max_tokens,
-                sampling=sampling(seed),
+                sampling=sampling(seed, stop_token_ids=(EOS,)),
                 salt=salt,
             ),
             self.now,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.core.processes import sampling
 from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.state import FrontOutputs, Limits, ModelSpec, State
 from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop, Submit
@@ -144,14 +145,7 @@ class World:
             )
         )
         self.worker_free_s = self.now
-        spec = ModelSpec(
-            epoch=self.epoch,
-            vocab_size=ready.vocab_size,
-            max_model_tokens=ready.max_model_tokens,
-            block_size=ready.block_size,
-            num_blocks=ready.num_blocks,
-        )
-        admission.begin_epoch(self.state, spec)
+        admission.begin_epoch(self.state, ModelSpec.of(ready))
         self.trace(f"{self.now:8.3f} epoch {self.epoch}")
 
     def _schedule_arrivals(self) -> None:
@@ -183,18 +177,10 @@ class World:
         if draw.random() < 0.05:
             prompt = [*prompt[:-1], FAULTY]
         stop_ids = draw.choice([(), (EOS,), (EOS, 7, 9)])
-        sampling = SamplingParams(
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            repetition_penalty=1.0,
+        params = sampling(
             seed=draw.randrange(2**64),
             min_tokens=draw.choice([0, 0, min(3, max_tokens)]),
             stop_token_ids=stop_ids,
-            logit_bias=(),
             num_top_logprobs=draw.choice([None, None, 0, 2]),
         )
         return Caller(
@@ -202,7 +188,7 @@ class World:
             stream=stream,
             prompt=prompt,
             max_tokens=max_tokens,
-            sampling=sampling,
+            sampling=params,
             salt=draw.choice(["", "", "other"]),
             leaves_after=draw.choice([None] * 6 + [0, 3]),
             stops_after=draw.choice([None] * 8 + [4]),
@@ -210,9 +196,9 @@ class World:
             expected=expected_tokens(
                 prompt,
                 min(max_tokens, self.max_request_tokens),
-                seed=sampling.seed,
+                seed=params.seed,
                 config=self.fake,
-                min_tokens=sampling.min_tokens,
+                min_tokens=params.min_tokens,
                 stop_token_ids=stop_ids,
             ),
         )

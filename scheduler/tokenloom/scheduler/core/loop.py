@@ -183,13 +183,7 @@ class CoreLoop:
         if min(ready.num_blocks, ready.block_size, ready.vocab_size, ready.max_model_tokens) < 1:
             self._lose_worker(f"worker is ready with nothing to offer: {ready}")
             return
-        spec = ModelSpec(
-            epoch=self._epoch,
-            vocab_size=ready.vocab_size,
-            max_model_tokens=ready.max_model_tokens,
-            block_size=ready.block_size,
-            num_blocks=ready.num_blocks,
-        )
+        spec = ModelSpec.of(ready)
         admission.begin_epoch(self._state, spec)
         log.info(
             "model is ready: weights %.2f GiB, KV cache %.2f GiB, %d blocks of %d positions, "

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, block_digest, root_digest
 from tokenloom.scheduler.messages import Admitted, Finished, FinishReason, Outputs, Refused
-from tokenloom.wire.messages import SamplingParams, TokenLogprobs
+from tokenloom.wire.messages import Ready, SamplingParams, TokenLogprobs
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -51,6 +51,17 @@ class ModelSpec:
     max_model_tokens: int
     block_size: int
     num_blocks: int
+
+    @classmethod
+    def of(cls, ready: Ready) -> ModelSpec:
+        """Returns what a worker says of itself when it is ready."""
+        return cls(
+            epoch=ready.epoch,
+            vocab_size=ready.vocab_size,
+            max_model_tokens=ready.max_model_tokens,
+            block_size=ready.block_size,
+            num_blocks=ready.num_blocks,
+        )
 
     @property
     def max_request_tokens(self) -> int:
