@@ -170,6 +170,9 @@ def test_garbage_on_the_worker_socket_harms_nobody(checkpoint: Path) -> None:
             for _ in range(20):
                 for frame in frames:
                     stranger.send(frame)
+        wait_until(
+            lambda: server.inspect().num_dropped_frames >= 20 * len(frames), RELEASE_TIMEOUT_S
+        )
         inspection = server.wait_idle()
         assert inspection.num_dropped_frames == 20 * len(frames)
         assert inspection.epoch == 1

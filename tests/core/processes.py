@@ -128,6 +128,15 @@ class FrontSocket:
                     assert finished.stream not in self.finished
                     self.finished[finished.stream] = finished
 
+    def until_dropped(self, num_frames: int) -> Inspection:
+        """Waits until the core has dropped that many frames; others write them when they can."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while (inspection := self.inspect()).num_dropped_frames < num_frames:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"{inspection.num_dropped_frames} of {num_frames} are dropped")
+            time.sleep(0.01)
+        return inspection
+
     def inspect(self) -> Inspection:
         """Returns the core's own account of itself."""
         count = len(self.inspections)

@@ -143,7 +143,7 @@ def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
         stranger.send_multipart([b"two", b"frames"])
         front.until(lambda: 5 in front.finished)
         assert front.tokens[5] == expected(5, 100)
-        inspection = front.inspect()
+        inspection = front.until_dropped(len(frames) + 1)
         assert inspection.num_dropped_frames == len(frames) + 1
         assert inspection.epoch == 1
         assert inspection.violations == ()
@@ -160,7 +160,7 @@ def test_garbage_on_the_front_socket_is_dropped() -> None:
         front.send(submit(1, PROMPTS[1], 10, 1))
         front.until(lambda: 1 in front.finished)
         assert front.tokens[1] == expected(1, 10)
-        assert front.inspect().num_dropped_frames == 2
+        assert front.until_dropped(2).num_dropped_frames == 2
 
 
 def test_requests_of_a_front_that_is_gone_end() -> None:

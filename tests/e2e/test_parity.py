@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.e2e.server import Server
-from tests.worker.checkpoints import VOCAB_SIZE, generate, make_checkpoint
+from tests.worker.checkpoints import VOCAB_SIZE, generate, has_tie, make_checkpoint
 from tokenloom.client import Client, FinishReason
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket"
@@ -64,11 +64,15 @@ def truth(folder: Path, model: PreTrainedModel, vocab_size: int, position_bytes:
     model.generation_config.eos_token_id = None
     rng = np.random.default_rng(5)
     shared = rng.integers(0, vocab_size, 48).tolist()
-    prompts = [
-        (shared if index % 4 == 0 else []) + rng.integers(0, vocab_size, length).tolist()
-        for index, length in enumerate(rng.integers(1, 90, NUM_REQUESTS).tolist())
-    ]
-    expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
+    prompts: list[list[int]] = []
+    expected: list[list[int]] = []
+    while len(prompts) < NUM_REQUESTS:
+        own = rng.integers(0, vocab_size, rng.integers(1, 90)).tolist()
+        prompt = (shared if len(prompts) % 4 == 0 else []) + own
+        completion = generate(model, prompt, NUM_TOKENS)
+        if not has_tie(model, prompt, completion):
+            prompts.append(prompt)
+            expected.append(completion)
     return Truth(folder=folder, position_bytes=position_bytes, prompts=prompts, expected=expected)
 
 

@@ -177,8 +177,7 @@ def test_scheduler_and_a_worker_started_on_its_own_serve(checkpoint: Path, tmp_p
         _, log = scheduler.communicate(timeout=30)
         assert scheduler.returncode == 0, log
         assert "serving tiny on 127.0.0.1:" in log
-        worker.terminate()
-        assert worker.wait(timeout=30) == 0
+        assert worker.wait(timeout=30) == 0  # told by the core
         assert not address.exists()
     finally:
         for process in (scheduler, worker):

@@ -86,6 +86,23 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
+MARGIN = 1e-4
+"""Logits this close count as a tie: rounding decides, and it depends on the batch. Computed
+twice in different ways, float32 logits of these models differ by up to 2e-5."""
+
+
+def has_tie(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> bool:
+    """Returns whether any token of a greedy completion was won by less than MARGIN.
+
+    No test of equal tokens can be made of such a prompt; choose another one.
+    """
+    ids = torch.tensor([[*prompt, *completion]], device=model.device)
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    first, second = logits.topk(2).values.unbind(-1)
+    return bool((first - second).min() < MARGIN)
+
+
 def generate(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """Returns transformers' own greedy completion."""
     ids = torch.tensor([list(prompt)], device=model.device)
