@@ -1,0 +1,59 @@
+"""Single transitions of the core's state: what the random runs cannot show."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.core.processes import submit
+from tokenloom.scheduler.core import admission, applying, planning
+from tokenloom.scheduler.core.state import Limits, ModelSpec, State
+from tokenloom.wire.messages import StepDone
+
+BLOCK_SIZE = 16
+
+
+def ready_state() -> State:
+    """Returns a state whose prompts are computed in chunks of two blocks."""
+    limits = Limits(
+        max_num_requests=2,
+        max_step_tokens=2 * BLOCK_SIZE,
+        max_waiting_requests=100,
+        max_waiting_tokens=10_000,
+    )
+    state = State(limits)
+    spec = ModelSpec(
+        epoch=1, vocab_size=97, max_model_tokens=256, block_size=BLOCK_SIZE, num_blocks=40
+    )
+    admission.begin_epoch(state, spec)
+    return state
+
+
+def run(state: State, *, faulty: bool) -> None:
+    """Runs steps until nothing is to be computed; each sampled row is `faulty` or token 5."""
+    while (plan := planning.plan(state, 0.0)) is not None:
+        num_rows = int(plan.span_samples.sum())
+        done = StepDone(
+            epoch=1,
+            step_id=plan.step_id,
+            tokens=np.full(num_rows, 5, np.int32).tobytes(),
+            logprobs=(),
+            faulty_rows=np.arange(num_rows if faulty else 0, dtype=np.int32).tobytes(),
+            compute_s=0.0,
+        )
+        applying.apply(state, done, 0.0)
+
+
+def test_blocks_of_a_faulty_request_are_not_found_again() -> None:
+    """A prompt's first chunks are cached before a fault shows; the next request must not read
+    them, or one bad number in a prefix would fail all that share it.
+    """
+    state = ready_state()
+    assert state.pool is not None
+    admission.submit(state, 0, submit(1, [3] * 70, 5), 0.0)
+    run(state, faulty=True)
+    assert state.pool.num_cached == 0
+    admission.submit(state, 0, submit(2, [3] * 70, 5), 0.0)
+    run(state, faulty=False)
+    assert state.take_outputs()[0].admitted[-1].num_cached_tokens == 0
+    assert state.pool.num_cached > 0
+    assert state.check() == []
