@@ -7,6 +7,7 @@ import numpy as np
 from tests.core.processes import submit
 from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
+from tokenloom.scheduler.messages import Abort
 from tokenloom.wire.messages import StepDone
 
 BLOCK_SIZE = 16
@@ -57,3 +58,16 @@ def test_blocks_of_a_faulty_request_are_not_found_again() -> None:
     assert state.take_outputs()[0].admitted[-1].num_cached_tokens == 0
     assert state.pool.num_cached > 0
     assert state.check() == []
+
+
+def test_an_idle_night_does_not_make_refused_clients_wait() -> None:
+    state = ready_state()
+    hour_s = 3600.0
+    for stream in range(10):
+        admission.submit(state, 0, submit(stream, [3] * 5, 1), stream * hour_s)
+        planning.plan(state, stream * hour_s + 0.001)
+        admission.abort(state, 0, Abort(stream=stream))
+    for stream in range(100, 202):
+        admission.submit(state, 0, submit(stream, [3] * 5, 1), 10 * hour_s)
+    [refused] = [r for r in state.take_outputs()[0].refused if r.stream == 200]
+    assert refused.retry_after_s == admission.MIN_RETRY_S
