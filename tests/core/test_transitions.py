@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
+import pytest
 
 from tests.core.processes import submit
 from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
-from tokenloom.scheduler.messages import Abort
+from tokenloom.scheduler.messages import Abort, RefusalReason, Submit
 from tokenloom.wire.messages import StepDone
 
 BLOCK_SIZE = 16
@@ -71,3 +73,22 @@ def test_an_idle_night_does_not_make_refused_clients_wait() -> None:
         admission.submit(state, 0, submit(stream, [3] * 5, 1), 10 * hour_s)
     [refused] = [r for r in state.take_outputs()[0].refused if r.stream == 200]
     assert refused.retry_after_s == admission.MIN_RETRY_S
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        msgspec.structs.replace(submit(1, [3], 5), tokens=b"abc"),
+        submit(2**63, [3], 5),
+        submit(-1, [3], 5),
+        submit(1, [3], 5, -1),
+        submit(1, [3], 5, stop_token_ids=(2**31,)),
+        submit(1, [3], 5, logit_bias=((97, 1.0),)),
+    ],
+)
+def test_a_submit_that_no_array_can_hold_is_refused_and_ends_nobody(message: Submit) -> None:
+    state = ready_state()
+    admission.submit(state, 0, message, 0.0)
+    [refused] = state.take_outputs()[0].refused
+    assert (refused.stream, refused.reason) == (message.stream, RefusalReason.INVALID)
+    assert state.requests == {}
