@@ -110,6 +110,27 @@ def test_requests_go_on_with_the_next_worker_after_kill_9() -> None:
         assert inspection.violations == ()
 
 
+def test_fronts_hear_of_a_dead_worker_before_another_comes() -> None:
+    with CoreProcess() as core:
+        worker = core.start_worker("--step-ms", "5")
+        front = core.ready_front()
+        front.send(submit(1, PROMPTS[1], 100, 1))
+        front.until(lambda: len(front.tokens.get(1, [])) > 3)
+        worker.send_signal(signal.SIGKILL)
+        front.until(lambda: front.num_lost == 1)
+        core.start_worker()
+        front.until(lambda: 1 in front.finished)
+        assert front.tokens[1] == expected(1, 100)
+
+
+def test_an_idle_worker_that_dies_is_noticed() -> None:
+    with CoreProcess() as core:
+        worker = core.start_worker()
+        front = core.ready_front()
+        worker.send_signal(signal.SIGKILL)
+        front.until(lambda: front.num_lost == 1)
+
+
 def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
     """A good stream is unharmed by frames that are garbage, stale, or of somebody else."""
     with CoreProcess() as core:
