@@ -15,7 +15,7 @@ from tests.core.processes import ENVIRONMENT, CoreProcess, submit
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop
 from tokenloom.wire import codec
-from tokenloom.wire.messages import Hello, Progress, StepDone
+from tokenloom.wire.messages import Configure, Hello, Progress, Ready, Shutdown, StepDone
 from tokenloom.worker.fake import FakeConfig, expected_tokens
 
 FAKE = FakeConfig()
@@ -129,6 +129,28 @@ def test_an_idle_worker_that_dies_is_noticed() -> None:
         front = core.ready_front()
         worker.send_signal(signal.SIGKILL)
         front.until(lambda: front.num_lost == 1)
+
+
+def test_a_worker_that_breaks_the_protocol_is_told_to_leave() -> None:
+    with CoreProcess() as core:
+        worker = core.context.socket(zmq.DEALER)
+        worker.connect(core.config.worker_endpoint)
+        worker.send(codec.encode(Hello(protocol_version=1, rank=0, pid=1, device="cpu")))
+        configure = codec.decode_to_worker(worker.recv())
+        assert isinstance(configure, Configure)
+        ready = Ready(
+            epoch=configure.epoch,
+            num_blocks=0,
+            block_size=16,
+            vocab_size=97,
+            max_model_tokens=64,
+            weights_bytes=0,
+            kv_bytes=0,
+        )
+        worker.send(codec.encode(ready))
+        assert codec.decode_to_worker(worker.recv()) == Shutdown()
+        core.start_worker()
+        core.ready_front()
 
 
 def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:

@@ -197,7 +197,7 @@ class CoreLoop:
     def _on_ready(self, ready: Ready) -> None:
         self._display.close()
         if min(ready.num_blocks, ready.block_size, ready.vocab_size, ready.max_model_tokens) < 1:
-            self._lose_worker(f"worker is ready with nothing to offer: {ready}")
+            self._dismiss_worker(f"worker is ready with nothing to offer: {ready}")
             return
         spec = ModelSpec(
             epoch=self._epoch,
@@ -227,7 +227,12 @@ class CoreLoop:
         try:
             applying.apply(self._state, done, self._clock())
         except applying.ResultError as error:
-            self._lose_worker(f"worker broke the protocol: {error}")
+            self._dismiss_worker(f"worker broke the protocol: {error}")
+
+    def _dismiss_worker(self, reason: str) -> None:
+        """Ends the epoch and the worker: it would wait for steps and never greet again."""
+        if self._send_to_worker(Shutdown()):
+            self._lose_worker(reason)
 
     def _lose_worker(self, reason: str) -> None:
         """Ends the epoch; requests wait for the next worker."""
