@@ -46,8 +46,10 @@ class NaivePool:
             del self.released[block], self.content[block]
         self.holders[block] = 1
 
-    def release(self, block: int) -> None:
+    def release(self, block: int, *, keep: bool) -> None:
         self.holders[block] -= 1
+        if self.holders[block] == 0 and not keep:
+            self.content.pop(block, None)
         if self.holders[block] == 0 and block in self.content:
             self.released[block] = None
 
@@ -109,14 +111,14 @@ class BlockPoolMachine(RuleBasedStateMachine):
             self.held.append(table)
         return table
 
-    @rule(table=consumes(tables))
-    def release(self, table: list[int]) -> None:
+    @rule(table=consumes(tables), keep=st.booleans())
+    def release(self, table: list[int], keep: bool) -> None:
         if table not in self.held:
             return
         self.held.remove(table)
-        self.pool.release(table)
+        self.pool.release(table, keep=keep)
         for block in reversed(table):
-            self.naive.release(block)
+            self.naive.release(block, keep=keep)
 
     @invariant()
     def agrees_with_the_naive_pool(self) -> None:

@@ -15,7 +15,7 @@ from tests.core.processes import ENVIRONMENT, CoreProcess, submit
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop
 from tokenloom.wire import codec
-from tokenloom.wire.messages import Hello, Progress, StepDone
+from tokenloom.wire.messages import Configure, Hello, Progress, Ready, Shutdown, StepDone
 from tokenloom.worker.fake import FakeConfig, expected_tokens
 
 FAKE = FakeConfig()
@@ -108,6 +108,49 @@ def test_requests_go_on_with_the_next_worker_after_kill_9() -> None:
         inspection = front.inspect()
         assert inspection.epoch > 1
         assert inspection.violations == ()
+
+
+def test_fronts_hear_of_a_dead_worker_before_another_comes() -> None:
+    with CoreProcess() as core:
+        worker = core.start_worker("--step-ms", "5")
+        front = core.ready_front()
+        front.send(submit(1, PROMPTS[1], 100, 1))
+        front.until(lambda: len(front.tokens.get(1, [])) > 3)
+        worker.send_signal(signal.SIGKILL)
+        front.until(lambda: front.num_lost == 1)
+        core.start_worker()
+        front.until(lambda: 1 in front.finished)
+        assert front.tokens[1] == expected(1, 100)
+
+
+def test_an_idle_worker_that_dies_is_noticed() -> None:
+    with CoreProcess() as core:
+        worker = core.start_worker()
+        front = core.ready_front()
+        worker.send_signal(signal.SIGKILL)
+        front.until(lambda: front.num_lost == 1)
+
+
+def test_a_worker_that_breaks_the_protocol_is_told_to_leave() -> None:
+    with CoreProcess() as core:
+        worker = core.context.socket(zmq.DEALER)
+        worker.connect(core.config.worker_endpoint)
+        worker.send(codec.encode(Hello(protocol_version=1, rank=0, pid=1, device="cpu")))
+        configure = codec.decode_to_worker(worker.recv())
+        assert isinstance(configure, Configure)
+        ready = Ready(
+            epoch=configure.epoch,
+            num_blocks=0,
+            block_size=16,
+            vocab_size=97,
+            max_model_tokens=64,
+            weights_bytes=0,
+            kv_bytes=0,
+        )
+        worker.send(codec.encode(ready))
+        assert codec.decode_to_worker(worker.recv()) == Shutdown()
+        core.start_worker()
+        core.ready_front()
 
 
 def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:

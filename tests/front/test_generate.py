@@ -203,3 +203,10 @@ async def test_get_model_describes_model_and_limits(front: Front) -> None:
     assert tuple(model.eos_token_ids) == front.text.eos_token_ids
     assert model.has_chat_template
     assert model.server_version
+
+
+async def test_an_eos_id_that_is_no_token_is_left_out(front: Front) -> None:
+    eos = front.text.eos_token_ids
+    front.text.eos_token_ids = (-1, *eos)
+    model = await front.stub.GetModel(pb.GetModelRequest())
+    assert tuple(model.eos_token_ids) == eos

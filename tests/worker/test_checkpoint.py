@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from tests.worker.checkpoints import edit_config, generate, make_checkpoint
 from tests.worker.core_socket import CoreSocket, environment, worker_process
 from tests.worker.driver import Driver, configuration
 from tokenloom.wire.messages import Configure, Failed, Hello, Progress, Ready, Shutdown
+from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import CheckpointError, LoadError, PoolError, UnsupportedModelError
 from tokenloom.worker.options import WorkerOptions, parse_bytes
 from tokenloom.worker.runner import ModelRunner
@@ -277,3 +279,31 @@ def test_a_wrong_option_ends_the_worker_with_2(tmp_path: Path, options: tuple[st
     with worker_process(endpoint, *options, module="tokenloom.worker") as process:
         assert process.wait(60) == 2
     assert not (tmp_path / "worker.sock").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [
+        ("LlamaForCausalLM", "llama"),
+        ("MistralForCausalLM", "mistral"),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("Qwen3ForCausalLM", "qwen3"),
+    ],
+)
+def test_absent_keys_mean_what_they_mean_to_transformers(
+    architecture: str, model_type: str
+) -> None:
+    given = {
+        "vocab_size": 96,
+        "hidden_size": 2048,
+        "intermediate_size": 64,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+    }
+    theirs = AutoConfig.for_model(model_type, **given)
+    ours = ModelConfig.parse({"architectures": [architecture], **given})
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64)
+    assert ours.max_model_tokens == theirs.max_position_embeddings
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.rms_norm_eps == theirs.rms_norm_eps

@@ -99,6 +99,23 @@ class ModelConfig:
         return _Parser(config).parse()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Absent:
+    """What a family takes for keys that its config.json lacks; None: what follows from others."""
+
+    num_kv_heads: int | None
+    head_dim: int | None
+    max_positions: int
+
+
+_ABSENT = {
+    "LlamaForCausalLM": _Absent(num_kv_heads=None, head_dim=None, max_positions=2048),
+    "MistralForCausalLM": _Absent(num_kv_heads=8, head_dim=None, max_positions=131072),
+    "Qwen2ForCausalLM": _Absent(num_kv_heads=32, head_dim=None, max_positions=32768),
+    "Qwen3ForCausalLM": _Absent(num_kv_heads=32, head_dim=128, max_positions=32768),
+}
+
+
 class _Parser:
     def __init__(self, config: Json) -> None:
         self._config = config
@@ -108,8 +125,9 @@ class _Parser:
         self._refuse_what_is_not_built()
         hidden_size = self._int("hidden_size")
         num_heads = self._int("num_attention_heads")
-        num_kv_heads = self._int("num_key_value_heads", num_heads)
-        head_dim = self._int("head_dim", hidden_size // num_heads)
+        absent = _ABSENT[architecture]
+        num_kv_heads = self._given("num_key_value_heads", absent.num_kv_heads) or num_heads
+        head_dim = self._given("head_dim", absent.head_dim) or hidden_size // num_heads
         if num_heads % num_kv_heads or head_dim % 2:
             raise CheckpointError(
                 f"config.json has {num_heads} heads, {num_kv_heads} key-value heads and head_dim"
@@ -119,7 +137,7 @@ class _Parser:
             "LlamaForCausalLM",
             "Qwen3ForCausalLM",
         ) and self._bool("attention_bias", default=False)
-        max_position_embeddings = self._int("max_position_embeddings", 2048)
+        max_position_embeddings = self._int("max_position_embeddings", absent.max_positions)
         rope = self._rope(max_position_embeddings)
         return ModelConfig(
             architecture=architecture,
@@ -238,6 +256,12 @@ class _Parser:
                 f"config.json has {key} = {value!r}; a positive integer is needed"
             )
         return value
+
+    def _given(self, key: str, absent: int | None) -> int | None:
+        """Returns an integer that may be null, which says another thing than no key."""
+        if key not in self._config:
+            return absent
+        return None if self._config[key] is None else self._int(key)
 
     def _bool(self, key: str, *, default: bool) -> bool:
         value = self._config.get(key)

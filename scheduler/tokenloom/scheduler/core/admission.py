@@ -30,10 +30,13 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
             )
         )
 
-    tokens = np.frombuffer(message.tokens, np.int32)
     if state.spec is None:
         refuse(RefusalReason.NOT_READY, "the model is not loaded", NOT_READY_RETRY_S)
         return
+    if (unreadable := _unreadable(state.spec, message)) is not None:
+        refuse(RefusalReason.INVALID, unreadable, None)
+        return
+    tokens = np.frombuffer(message.tokens, np.int32)
     if (unfit := _unfit(state, state.spec, front, message, tokens)) is not None:
         refuse(*unfit, None)
         return
@@ -94,6 +97,24 @@ def end_epoch(state: State) -> None:
     state.spec = None
     state.slots = None
     state.pool = None
+
+
+def _unreadable(spec: ModelSpec, message: Submit) -> str | None:
+    """Returns what would not fit into the arrays of core or worker and so end every request."""
+    if len(message.tokens) % 4:
+        return f"tokens has {len(message.tokens)} bytes; each token has 4"
+    if not 0 <= message.stream < 2**63:
+        return f"stream is {message.stream}; it must have 63 bits"
+    sampling = message.sampling
+    if not 0 <= sampling.seed < 2**64:
+        return f"seed is {sampling.seed}; it must have 64 bits"
+    ids = (*sampling.stop_token_ids, *(token_id for token_id, _ in sampling.logit_bias))
+    if ids and not 0 <= min(ids) <= max(ids) < spec.vocab_size:
+        return (
+            f"stop tokens and biased tokens reach from {min(ids)} to {max(ids)}; "
+            f"the model knows 0 to {spec.vocab_size - 1}"
+        )
+    return None
 
 
 def _unfit(

@@ -102,10 +102,11 @@ class BlockPool:
             self._blocks[digest] = block
             self._digests[block] = digest
 
-    def release(self, blocks: Iterable[int]) -> None:
+    def release(self, blocks: Iterable[int], *, keep: bool = True) -> None:
         """Gives up one hold on each of a request's `blocks`, told in the order of its table.
 
         The last blocks are evicted first: a prefix is useless without its beginning.
+        Without `keep`, what nobody else holds cannot be found any more.
         """
         for block in reversed(list(blocks)):
             holders = self._num_holders[block] - 1
@@ -113,6 +114,8 @@ class BlockPool:
                 raise AssertionError(f"block {block} is released but nobody holds it")
             self._num_holders[block] = holders
             if holders == 0:
+                if not keep:
+                    self._forget(block)
                 if self._digests[block] is None:
                     self._free.append(block)
                 else:

@@ -7,6 +7,7 @@ and send the next step, and only then hand the outputs on to the fronts.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import assert_never
@@ -50,6 +51,9 @@ log = logging.getLogger(__name__)
 MAX_STEPS_IN_FLIGHT = 2
 """The worker always has the next step when it finishes one."""
 
+DEPARTURE_S = 0.05
+"""After a peer of the worker socket left, until the core looks whether it was the worker."""
+
 SHUTDOWN_TIMEOUT_MS = 5000
 """A worker needs two steps at most to finish what is in flight."""
 
@@ -88,21 +92,34 @@ class CoreLoop:
 
     def run(self, stop_fd: int) -> None:
         """Serves until `stop_fd` becomes readable, then tells the worker to shut down."""
+        departures = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         poller = zmq.Poller()
+        poller.register(departures, zmq.POLLIN)
         poller.register(self._fronts, zmq.POLLIN)
         poller.register(self._workers, zmq.POLLIN)
         poller.register(stop_fd, zmq.POLLIN)
+        due_s: float | None = None
         while True:
-            ready = dict(poller.poll())
+            left_s = None if due_s is None else max(0.0, due_s - time.monotonic())
+            ready = dict(poller.poll(None if left_s is None else math.ceil(1000 * left_s)))
             if stop_fd in ready:
                 break
             if self._workers in ready:
                 self._receive_from_workers()
+            if due_s is not None and time.monotonic() >= due_s:
+                due_s = None
+                self._ask_worker()
+            if departures in ready:
+                # Who left is not said, and ROUTER forgets a peer a moment later than it tells.
+                departures.recv_multipart()
+                due_s = time.monotonic() + DEPARTURE_S
             if self._fronts in ready:
                 self._receive_from_fronts()
             self._advance()
         if self._worker is not None:
-            self._shut_down_worker()
+            self._shut_down_worker(departures)
+        self._workers.disable_monitor()
+        departures.close(linger=0)
 
     def _advance(self) -> None:
         """Sends what steps there are to send, then what the fronts have to know."""
@@ -156,8 +173,7 @@ class CoreLoop:
             )
             return
         if self._worker is not None and self._configure is not None:
-            # To a live worker its own configuration again is no news; a dead one is unroutable.
-            alive = self._send_to_worker(self._configure)
+            alive = self._ask_worker()
             if identity == self._worker:
                 return
             if alive:
@@ -181,7 +197,7 @@ class CoreLoop:
     def _on_ready(self, ready: Ready) -> None:
         self._display.close()
         if min(ready.num_blocks, ready.block_size, ready.vocab_size, ready.max_model_tokens) < 1:
-            self._lose_worker(f"worker is ready with nothing to offer: {ready}")
+            self._dismiss_worker(f"worker is ready with nothing to offer: {ready}")
             return
         spec = ModelSpec.of(ready)
         admission.begin_epoch(self._state, spec)
@@ -205,7 +221,12 @@ class CoreLoop:
         try:
             applying.apply(self._state, done, self._clock())
         except applying.ResultError as error:
-            self._lose_worker(f"worker broke the protocol: {error}")
+            self._dismiss_worker(f"worker broke the protocol: {error}")
+
+    def _dismiss_worker(self, reason: str) -> None:
+        """Ends the epoch and the worker: it would wait for steps and never greet again."""
+        if self._send_to_worker(Shutdown()):
+            self._lose_worker(reason)
 
     def _lose_worker(self, reason: str) -> None:
         """Ends the epoch; requests wait for the next worker."""
@@ -218,13 +239,19 @@ class CoreLoop:
         for identity in self._front_ids:
             self._send_to_front(identity, ModelLost(reason="the worker is gone"))
 
-    def _shut_down_worker(self) -> None:
+    def _ask_worker(self) -> bool:
+        """Returns whether the worker is still there; ends the epoch if it is not.
+
+        To a live worker its own configuration again is no news; a dead one is unroutable.
+        """
+        return self._configure is not None and self._send_to_worker(self._configure)
+
+    def _shut_down_worker(self, departures: zmq.Socket[bytes]) -> None:
         """Waits until the worker has left: what it has not read is lost when this socket closes."""
-        monitor = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        while departures.poll(0):
+            departures.recv_multipart()
         if self._send_to_worker(Shutdown()):
-            monitor.poll(SHUTDOWN_TIMEOUT_MS)
-        self._workers.disable_monitor()
-        monitor.close(linger=0)
+            departures.poll(SHUTDOWN_TIMEOUT_MS)
 
     def _send_to_worker(self, message: ToWorker) -> bool:
         """Sends to the worker; if it is no longer there, ends the epoch and returns False."""

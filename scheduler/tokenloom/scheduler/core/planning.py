@@ -180,7 +180,7 @@ def _admit(
     )
     if request.planned_s is None:
         request.planned_s = now
-        _note_interval(state, now)
+        _note_interval(state, request, now)
         state.outputs_of(request.front).admitted.append(
             Admitted(stream=request.stream, num_cached_tokens=num_computed)
         )
@@ -207,9 +207,10 @@ def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int) -> 
     slots.set_stop_ids(slot, request.sampling.stop_token_ids)
 
 
-def _note_interval(state: State, now: float) -> None:
+def _note_interval(state: State, request: Request, now: float) -> None:
+    """Takes how long `request` was the first of the queue; idle time is none of it."""
     if state.last_admission_s is not None:
-        interval_s = now - state.last_admission_s
+        interval_s = now - max(state.last_admission_s, request.arrived_s)
         old = state.admission_interval_s
         state.admission_interval_s = (
             interval_s if old is None else old + INTERVAL_WEIGHT * (interval_s - old)

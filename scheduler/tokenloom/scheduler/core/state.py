@@ -256,8 +256,8 @@ class State:
         self.num_waiting_tokens += len(tokens)
         return request
 
-    def vacate(self, request: Request) -> None:
-        """Takes a running request out of its slot and returns its blocks.
+    def vacate(self, request: Request, *, keep_blocks: bool = True) -> None:
+        """Takes a running request out of its slot and returns its blocks, to be found or not.
 
         Steps in flight may still write to those blocks. That is harmless: workers
         run steps in order, so whoever gets a block writes it later, and a block
@@ -267,7 +267,7 @@ class State:
         assert self.pool is not None
         assert request.slot is not None
         slots, slot = self.slots, request.slot
-        self.pool.release(slots.blocks(slot))
+        self.pool.release(slots.blocks(slot), keep=keep_blocks)
         request.first_token_s = _time(slots.first_token_s[slot])
         request.last_token_s = _time(slots.last_token_s[slot])
         request.tokens = slots.tokens[slot, : slots.num_tokens[slot]].copy()
@@ -303,7 +303,8 @@ class State:
         if request.slot is None:
             self.dequeue(request)
         else:
-            self.vacate(request)
+            # What is not finite may lie in the request's own KV: whoever shared it would fail too.
+            self.vacate(request, keep_blocks=reason is not FinishReason.FAULT)
         del self.requests[request.front, request.stream]
         num_tokens = len(request.tokens) - request.num_prompt
         self.outputs_of(request.front).finished.append(

@@ -126,7 +126,7 @@ class InferenceServicer:
             vocab_size=vocab_size,
             max_model_tokens=self.model.max_model_tokens,
             longest_token_bytes=text.longest_token_bytes,
-            eos_token_ids=tuple(eos for eos in text.eos_token_ids if eos < vocab_size),
+            eos_token_ids=tuple(eos for eos in text.eos_token_ids if 0 <= eos < vocab_size),
             has_chat_template=text.has_chat_template,
         )
 
