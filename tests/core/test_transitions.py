@@ -9,25 +9,29 @@ import pytest
 from tests.core.processes import submit
 from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
-from tokenloom.scheduler.messages import Abort, RefusalReason, Submit
+from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Submit
 from tokenloom.wire.messages import StepDone
 
 BLOCK_SIZE = 16
 
 
-def ready_state() -> State:
+def spec(num_blocks: int) -> ModelSpec:
+    return ModelSpec(
+        epoch=1, vocab_size=97, max_model_tokens=256, block_size=BLOCK_SIZE, num_blocks=num_blocks
+    )
+
+
+def ready_state(*, prefix_cache: bool = True) -> State:
     """Returns a state whose prompts are computed in chunks of two blocks."""
     limits = Limits(
         max_num_requests=2,
         max_step_tokens=2 * BLOCK_SIZE,
         max_waiting_requests=100,
         max_waiting_tokens=10_000,
+        prefix_cache=prefix_cache,
     )
     state = State(limits)
-    spec = ModelSpec(
-        epoch=1, vocab_size=97, max_model_tokens=256, block_size=BLOCK_SIZE, num_blocks=40
-    )
-    admission.begin_epoch(state, spec)
+    admission.begin_epoch(state, spec(num_blocks=40))
     return state
 
 
@@ -92,3 +96,24 @@ def test_a_submit_that_no_array_can_hold_is_refused_and_ends_nobody(message: Sub
     [refused] = state.take_outputs()[0].refused
     assert (refused.stream, refused.reason) == (message.stream, RefusalReason.INVALID)
     assert state.requests == {}
+
+
+def test_a_request_that_the_next_worker_cannot_hold_ends_and_the_others_go_on() -> None:
+    state = ready_state()
+    admission.submit(state, 0, submit(1, [3] * 8, 8), 0.0)
+    admission.submit(state, 0, submit(2, [3] * 30, 30), 0.0)
+    assert planning.plan(state, 0.0) is not None
+    admission.end_epoch(state)
+    admission.begin_epoch(state, spec(num_blocks=2))
+    outputs = state.take_outputs()[0]
+    assert [(end.stream, end.reason) for end in outputs.finished] == [(2, FinishReason.NO_ROOM)]
+    assert [request.stream for request in state.waiting.values()] == [1]
+    assert state.check() == []
+
+
+def test_without_a_prefix_cache_nothing_is_hashed() -> None:
+    state = ready_state(prefix_cache=False)
+    admission.submit(state, 0, submit(1, [3] * 40, 8), 0.0)
+    assert planning.plan(state, 0.0) is not None
+    (request,) = state.requests.values()
+    assert len(request.digests) == 1

@@ -45,6 +45,8 @@ class FinishReason(StrEnum):
     """The front sent Abort."""
     FAULT = "fault"
     """The model's numbers for this request were not finite."""
+    NO_ROOM = "no_room"
+    """The worker was lost, and the next one's KV pool is too small for the request."""
 
 
 class RefusalReason(StrEnum):

@@ -51,7 +51,7 @@ def worker(argv: list[str] | None = None) -> int:
     except LoadError as error:
         _log.error("%s", error)
         return EXIT_LOAD_FAILED
-    return serve(runner, endpoint=args.connect, rank=args.rank, device=str(runner.device))
+    return serve(runner, endpoint=args.connect, rank=0, device=str(runner.device))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +67,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ENDPOINT",
         help="where the core listens, as ZeroMQ writes it: ipc:///run/tokenloom/worker.sock",
     )
-    parser.add_argument("--rank", type=int, default=0, help="place in the group of workers")
     parser.add_argument(
         "--device",
         default=defaults.device,

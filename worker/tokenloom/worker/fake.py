@@ -426,7 +426,6 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="of the core")
-    parser.add_argument("--rank", type=int, default=0, help="place in the group")
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a step")
     for name in ("vocab_size", "num_blocks", "block_size", "max_model_tokens", "eos_period"):
         option = "--" + name.replace("_", "-")
@@ -445,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
         faulty_token_id=args.faulty_token_id,
     )
     runner = _FakeRunner(config, args.step_ms / 1000)
-    return serve(runner, endpoint=args.connect, rank=args.rank, device="fake")
+    return serve(runner, endpoint=args.connect, rank=0, device="fake")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ class WorkerOptions:
     """One of ATTENTION_NAMES."""
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None: by `kv_memory_fraction` on CUDA, CPU_KV_CACHE on a CPU."""
-    kv_memory_fraction: float = 0.85
-    """Part of the device memory free after loading that the KV pool takes."""
+    kv_memory_fraction: float = 0.92
+    """Part of the device memory that is free after loading, less the scratch memory of the
+    largest step, that the KV pool takes."""
 
 
 def default_cpu_threads() -> int:

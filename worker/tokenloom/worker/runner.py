@@ -24,7 +24,7 @@ from tokenloom.worker.batch import Batch
 from tokenloom.worker.checkpoint import fill, locate, read_config
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
-from tokenloom.worker.kv import KVPool, pool_bytes
+from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.results import download_sampled, step_done
 from tokenloom.worker.rotary import rotary_table
@@ -45,6 +45,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+WARM_UP_TOKENS = 8
 _POLL_S = 50e-6
 """How often the loop looks whether the device is done: short beside a step of milliseconds."""
 
@@ -100,7 +101,7 @@ class ModelRunner:
         self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
         if self.device.type == "cuda":
             report("warming up", 0.0)
-            self._warm_up(configure.epoch)
+            self._warm_up(configure.epoch, self._epoch.slots.limits)
             self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
             report("warming up", 1.0)
         return Ready(
@@ -193,6 +194,12 @@ class ModelRunner:
                 device,
                 fixed_bytes=self._options.kv_cache_bytes,
                 memory_fraction=self._options.kv_memory_fraction,
+                scratch=scratch_bytes(
+                    config,
+                    num_rows=configure.max_num_requests,
+                    num_step_tokens=configure.max_step_tokens,
+                    dtype=dtype,
+                ),
             ),
             block_size=attention.block_size,
             dtype=dtype,
@@ -233,9 +240,9 @@ class ModelRunner:
             sampler=Sampler(limits.num_slots, limits.vocab_size, device),
         )
 
-    def _warm_up(self, epoch: int) -> None:
+    def _warm_up(self, epoch: int, limits: Limits) -> None:
         """Runs a prefill and a decode, so that no request waits for kernels to compile."""
-        num_tokens = 8
+        num_tokens = min(WARM_UP_TOKENS, limits.max_step_tokens, limits.max_model_tokens - 1)
         self.launch(_warm_up_step(epoch, admit=True, start=0, length=num_tokens)).result()
         self.launch(_warm_up_step(epoch, admit=False, start=num_tokens, length=1)).result()
 

@@ -71,7 +71,7 @@ def stop(state: State, front: int, message: Stop) -> None:
 def begin_epoch(state: State, spec: ModelSpec) -> None:
     """Workers are ready: slots and blocks begin empty; what waits may run.
 
-    A request that a larger group had accepted and that cannot fit now fails.
+    A request that a larger group had accepted and that cannot fit now ends.
     """
     end_epoch(state)
     limits = state.limits
@@ -81,7 +81,7 @@ def begin_epoch(state: State, spec: ModelSpec) -> None:
     state.released = []
     for request in list(state.waiting.values()):
         if request.max_total > spec.max_request_tokens:
-            state.finish(request, FinishReason.FAULT)
+            state.finish(request, FinishReason.NO_ROOM)
         else:
             # Digests depend on the block size, which may have changed.
             del request.digests[1:]

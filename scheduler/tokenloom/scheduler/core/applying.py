@@ -95,6 +95,8 @@ def _finish(
 
 def _cache_full_blocks(slots: Slots, pool: BlockPool, computed: Int64Array) -> None:
     """Makes blocks findable that this step filled."""
+    if not pool.caches:
+        return
     num_full = slots.num_computed[computed] // pool.block_size
     num_hashed = slots.num_hashed[computed]
     changed = np.flatnonzero(num_full > num_hashed)

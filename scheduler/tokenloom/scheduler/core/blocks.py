@@ -42,7 +42,8 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, *, cache: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._cache = cache
+        self.caches = cache
+        """Whether content is found again; without it digests are of no use."""
         self._free = list(range(num_blocks - 1, -1, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._num_holders = [0] * num_blocks
@@ -98,7 +99,7 @@ class BlockPool:
 
     def register(self, block: int, digest: bytes) -> None:
         """Makes a full, computed block findable, unless an equal one already is."""
-        if self._cache and digest not in self._blocks and self._digests[block] is None:
+        if self.caches and digest not in self._blocks and self._digests[block] is None:
             self._blocks[digest] = block
             self._digests[block] = digest
 

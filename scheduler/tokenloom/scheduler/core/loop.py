@@ -81,9 +81,10 @@ class CoreLoop:
                 prefix_cache=config.prefix_cache,
             )
         )
-        self._front_ids: list[bytes] = []
-        """A front's index in the state is its index here."""
-        self._front_index: dict[bytes, int] = {}
+        self._front_ids: dict[int, bytes] = {}
+        """By the number that the state knows a front by; no number is used twice."""
+        self._front_numbers: dict[bytes, int] = {}
+        self._next_front = 0
         self._worker: bytes | None = None
         self._configure: Configure | None = None
         self._epoch = 0
@@ -131,7 +132,8 @@ class CoreLoop:
 
     def _flush(self) -> None:
         for front, outputs in self._state.take_outputs().items():
-            self._send_to_front(self._front_ids[front], outputs.packed())
+            if (identity := self._front_ids.get(front)) is not None:
+                self._send_to_front(identity, outputs.packed())
 
     # Workers
 
@@ -210,7 +212,7 @@ class CoreLoop:
             ready.block_size,
             spec.max_request_tokens,
         )
-        for identity in self._front_ids:
+        for identity in list(self._front_ids.values()):
             self._send_to_front(identity, _model_ready(spec))
 
     def _on_step_done(self, done: StepDone) -> None:
@@ -236,7 +238,7 @@ class CoreLoop:
         self._configure = None
         self._epoch += 1
         admission.end_epoch(self._state)
-        for identity in self._front_ids:
+        for identity in list(self._front_ids.values()):
             self._send_to_front(identity, ModelLost(reason="the worker is gone"))
 
     def _ask_worker(self) -> bool:
@@ -287,15 +289,18 @@ class CoreLoop:
                     assert_never(message)
 
     def _attach(self, identity: bytes, attach: Attach) -> None:
-        if identity not in self._front_index:
-            self._front_index[identity] = len(self._front_ids)
-            self._front_ids.append(identity)
-            log.info("front %d attaches", attach.pid)
+        if identity in self._front_numbers:
+            # It lost the connection, and with it what it knew of its requests.
+            self._forget_front(identity)
+        self._front_numbers[identity] = self._next_front
+        self._front_ids[self._next_front] = identity
+        self._next_front += 1
+        log.info("front %d attaches", attach.pid)
         if self._state.spec is not None:
             self._send_to_front(identity, _model_ready(self._state.spec))
 
     def _execute(self, identity: bytes, message: Commands) -> None:
-        front = self._front_index.get(identity)
+        front = self._front_numbers.get(identity)
         if front is None:
             self._drop("commands of a front that did not attach")
             return
@@ -319,11 +324,12 @@ class CoreLoop:
         except zmq.ZMQError as error:
             if error.errno not in {zmq.EHOSTUNREACH, zmq.EAGAIN}:
                 raise
-            self._lose_front(identity)
+            self._forget_front(identity)
 
-    def _lose_front(self, identity: bytes) -> None:
+    def _forget_front(self, identity: bytes) -> None:
         """Ends the requests of a front that is gone: nobody reads them."""
-        front = self._front_index[identity]
+        front = self._front_numbers.pop(identity)
+        del self._front_ids[front]
         streams = [stream for owner, stream in self._state.requests if owner == front]
         if streams:
             log.error("a front is gone; its %d requests end", len(streams))

@@ -152,8 +152,9 @@ def _admit(
     request = next(iter(state.waiting.values()))
     num_tokens, block_size = len(request.tokens), pool.block_size
     # The last token is always computed: its logits are what the step is for.
-    request.extend_digests(request.tokens, (num_tokens - 1) // block_size, block_size)
-    usable = request.digests[1 : 1 + (num_tokens - 1) // block_size]
+    num_usable = (num_tokens - 1) // block_size if pool.caches else 0
+    request.extend_digests(request.tokens, num_usable, block_size)
+    usable = request.digests[1 : 1 + num_usable]
     cached = usable[: pool.num_matching(usable)]
     num_new = -(-num_tokens // block_size) - len(cached)
     reserve = min(state.num_running, pool.num_blocks // RESERVE_DIVISOR)

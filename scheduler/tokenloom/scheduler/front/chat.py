@@ -104,7 +104,10 @@ def find_template(
     entry = tokenizer_config.get("chat_template")
     legacy = read("chat_template.json")
     if legacy is not None:
-        entry = json.loads(legacy).get("chat_template", entry)
+        try:
+            entry = json.loads(legacy).get("chat_template", entry)
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise TemplateError(f"chat_template.json holds no JSON object: {error}") from error
     if isinstance(entry, list):
         entry = {named["name"]: named["template"] for named in entry}.get("default")
     return entry if isinstance(entry, str) else None

@@ -186,7 +186,7 @@ class InferenceServicer:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
         tokens = await self._tokens(spec.prompt)
-        max_tokens = fit(spec, len(tokens), limits)
+        max_tokens = fit(spec, len(tokens), self._limits())  # they may have changed meanwhile
         stream = self._stream(spec)
         call = _Call(
             request_id=uuid.uuid4().hex,

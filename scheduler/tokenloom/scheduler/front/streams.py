@@ -22,9 +22,11 @@ import msgspec
 
 from tokenloom.scheduler.front.detokenize import Detokenizer
 from tokenloom.scheduler.front.errors import (
+    Absence,
     ClientTooSlow,
     EndedByOperator,
     RequestError,
+    Unavailable,
     fault,
 )
 from tokenloom.scheduler.front.stops import StopScanner
@@ -33,6 +35,11 @@ from tokenloom.wire.messages import TokenLogprobs
 
 BLOCKED_WRITE_S = 0.5
 """A write that takes longer than this when its stream fails is blocked by the client."""
+
+
+NO_ROOM = Absence(
+    reason="MODEL_LOST", message="the model's workers are gone; the next have no room for this"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +150,9 @@ class Stream:
             writer.cancel()
 
     def _conclude(self, finished: Finished) -> None:
-        if self._num_cached_tokens is None:
+        if finished.reason is FinishReason.NO_ROOM:
+            self.fail(Unavailable(NO_ROOM))
+        elif self._num_cached_tokens is None:
             self.fail(EndedByOperator())
         elif finished.reason is FinishReason.FAULT:
             self.fail(fault("the model's numbers are not finite", "MODEL_FAULT"))

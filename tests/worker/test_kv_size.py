@@ -1,0 +1,42 @@
+"""How much memory the KV pool leaves to a step."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.kv import pool_bytes, scratch_bytes
+
+CONFIG = ModelConfig.parse(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    }
+)
+
+
+def scratch(num_rows: int, num_step_tokens: int) -> int:
+    return scratch_bytes(
+        CONFIG, num_rows=num_rows, num_step_tokens=num_step_tokens, dtype=torch.bfloat16
+    )
+
+
+def test_scratch_covers_the_logits_of_every_row_many_times() -> None:
+    logits_bytes = 256 * CONFIG.vocab_size * 4
+    assert scratch(256, 2048) > 15 * logits_bytes
+
+
+def test_scratch_grows_with_rows_and_with_step_tokens() -> None:
+    assert scratch(1, 512) < scratch(1, 8192) < scratch(512, 8192)
+
+
+def test_a_fixed_size_is_taken_as_it_is() -> None:
+    device = torch.device("cpu")
+    assert pool_bytes(device, fixed_bytes=123, memory_fraction=0.5, scratch=10**12) == 123
