@@ -145,6 +145,30 @@ async def test_requests_beyond_the_grace_period_end_unavailable(
     await until(lambda: core.num_running == 0)
 
 
+async def test_a_unix_socket_that_is_taken_is_left_to_its_server(
+    run_dir: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "grpc.sock"
+
+    async def nobody(*_: object) -> None:
+        pass
+
+    async with await asyncio.start_unix_server(nobody, path):
+        async with front_process(run_dir, checkpoint, listen=f"unix:{path}") as front:
+            code, log = await front.ended()
+        assert code == 2
+        assert f"cannot listen on unix:{path}: another server listens there" in log
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.close()
+
+
+async def test_a_port_beyond_the_last_is_refused(run_dir: Path, checkpoint: Path) -> None:
+    async with front_process(run_dir, checkpoint, listen="127.0.0.1:99999") as front:
+        code, log = await front.ended()
+    assert code == 2
+    assert "cannot listen on 127.0.0.1:99999: ports end at 65535" in log
+
+
 async def test_a_port_that_is_taken_is_named(run_dir: Path, checkpoint: Path) -> None:
     async def nobody(*_: object) -> None:
         pass

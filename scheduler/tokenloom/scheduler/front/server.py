@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
 
 import grpc
@@ -38,6 +39,7 @@ _OPTIONS = (
     # A port that another server has is an error, not a port shared in silence.
     ("grpc.so_reuseport", 0),
 )
+_MAX_PORT = 65535
 _LAST_CALLS_S = 0.5
 """For calls that are nearly done when the streams are; health watches end with it."""
 
@@ -142,6 +144,7 @@ async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> N
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:
     """Binds the server; returns the address with the real port. Raises ConfigError."""
+    _check_free(listen)
     # The umask counts only for a Unix socket: other users could otherwise connect.
     umask = os.umask(0o177)
     try:
@@ -153,6 +156,26 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     if listen.startswith("unix:"):
         return listen
     return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _check_free(listen: str) -> None:
+    """Refuses what gRPC would take in silence. Raises ConfigError.
+
+    It binds a port beyond 65535 modulo 65536, and takes a Unix socket away from the server that
+    listens on it.
+    """
+    if not listen.startswith("unix:"):
+        port = listen.rpartition(":")[2]
+        if port.isdecimal() and int(port) > _MAX_PORT:
+            raise ConfigError(f"cannot listen on {listen}: ports end at {_MAX_PORT}")
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(listen.removeprefix("unix:").removeprefix("//"))
+        except OSError:  # nobody listens there; binding tells what else may be wrong
+            return
+    raise ConfigError(f"cannot listen on {listen}: another server listens there")
 
 
 def _write_address(run_dir: Path, address: str) -> None:
