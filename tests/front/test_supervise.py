@@ -140,6 +140,7 @@ def test_a_child_that_dies_ends_everything(supervised: Supervised, name: str) ->
     assert code == 1
     assert f"{name} (pid " in errors
     assert "exited with code 3; ending everything" in errors
+    assert errors.count("exited with code 3") == 1
     assert supervised.no_child_is_left()
     for other in NAMES:
         assert (f"{other} int" in supervised.log) == (other != name)

@@ -58,6 +58,7 @@ def supervise(children: Sequence[Child]) -> int:
             processes.start()
             dead = processes.wait_for_signal()
             if dead is not None:
+                processes.forget(dead)
                 processes.stop(in_hurry=True)
                 return 1
             return 0 if processes.stop(in_hurry=False) else 1
@@ -116,6 +117,10 @@ class _Processes:
                     return child
             if self._wait(None) & _STOP_SIGNALS:
                 return None
+
+    def forget(self, dead: Child) -> None:
+        """Leaves a child out that has died and was told of."""
+        del self._running[dead]
 
     def stop(self, *, in_hurry: bool) -> bool:
         """Ends the children in order; returns whether all ended well, and in time."""
