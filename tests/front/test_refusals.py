@@ -41,6 +41,7 @@ async def test_a_prompt_that_is_too_long_in_tokens_is_refused(front: Front) -> N
     found = await front.refused("The " * 400)
     num_tokens = len(await front.text.encode("The " * 400))
     assert found.fields == ["text"]
+    assert found.info.reason == "PROMPT_TOO_LONG"
     assert found.message == f"text: prompt has {num_tokens} tokens; this server accepts 256"
 
 

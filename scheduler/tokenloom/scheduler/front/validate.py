@@ -95,9 +95,11 @@ class _Violations:
 
     def __init__(self) -> None:
         self._found: list[Violation] = []
+        self._is_all_length = True
 
-    def add(self, field: str, description: str) -> None:
+    def add(self, field: str, description: str, *, is_length: bool = False) -> None:
         self._found.append(Violation(field=field, description=description))
+        self._is_all_length &= is_length
 
     def check(self, is_right: bool, field: str, description: str) -> bool:  # noqa: FBT001 - a condition
         if not is_right:
@@ -106,7 +108,8 @@ class _Violations:
 
     def raise_if_any(self) -> None:
         if self._found:
-            raise InvalidRequest(self._found)
+            reason = "PROMPT_TOO_LONG" if self._is_all_length else "INVALID_REQUEST"
+            raise InvalidRequest(self._found, reason)
 
 
 def validate_generate(
@@ -239,11 +242,12 @@ def _chat(chat: pb.Chat, limits: Limits, found: _Violations) -> ChatPrompt:
 
 
 def _prompt_bytes(num_bytes: int, field: str, limits: Limits, found: _Violations) -> None:
-    found.check(
-        num_bytes <= limits.max_prompt_bytes,
-        field,
-        f"has {num_bytes} bytes; this server accepts {limits.max_prompt_bytes}",
-    )
+    if num_bytes > limits.max_prompt_bytes:
+        found.add(
+            field,
+            f"has {num_bytes} bytes; this server accepts {limits.max_prompt_bytes}",
+            is_length=True,
+        )
 
 
 def _token_ids(ids: Sequence[int], field: str, limits: Limits, found: _Violations) -> None:
@@ -270,25 +274,30 @@ def _lengths(
         found.add(prompt_field, "has 0 tokens; a prompt has a token at least")
     elif num_prompt_tokens > most:
         found.add(
-            prompt_field, f"prompt has {num_prompt_tokens} tokens; this server accepts {most}"
+            prompt_field,
+            f"prompt has {num_prompt_tokens} tokens; this server accepts {most}",
+            is_length=True,
         )
     elif room == 0:
         found.add(
             prompt_field,
             f"prompt has {num_prompt_tokens} tokens; this server accepts {most} "
             "with the completion, which has a token at least",
+            is_length=True,
         )
     elif max_tokens is not None and max_tokens > room:
         found.add(
             "stopping.max_tokens",
             f"is {max_tokens} and the prompt has {num_prompt_tokens} tokens; "
             f"this server accepts {most} together",
+            is_length=True,
         )
     elif max_tokens is None and min_tokens > room:
         found.add(
             "stopping.min_tokens",
             f"is {min_tokens} and the prompt has {num_prompt_tokens} tokens; "
             f"this server accepts {most} together",
+            is_length=True,
         )
 
 
