@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,27 @@ def test_sigterm_ends_the_worker_at_once_with_0(endpoint: str) -> None:
         core.configure(configuration())
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+
+LATE_SIGNAL = """
+import atexit, os, signal, sys
+from tokenloom.worker.fake import main
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_while_the_worker_exits_is_not_shown_as_an_error(endpoint: str) -> None:
+    with CoreSocket(endpoint) as core:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LATE_SIGNAL, "--connect", endpoint], stderr=subprocess.PIPE
+        )
+        core.expect(Hello)
+        core.configure(configuration())
+        core.send(Shutdown())
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert b"Traceback" not in errors
 
 
 def test_two_steps_in_flight_are_answered_in_order(endpoint: str) -> None:

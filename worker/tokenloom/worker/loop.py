@@ -159,6 +159,8 @@ def serve(runner: Runner, *, endpoint: str, rank: int, device: str) -> int:
         code = _Conversation(link, runner, rank=rank, device=device).run()
         linger_ms = _FAILED_LINGER_MS
     finally:
+        # Nothing is left to end, and an exiting interpreter would show the exception.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         link.close(linger_ms)
     return code
 
