@@ -24,6 +24,7 @@ from tokenloom.client import (
     DeadlineExceeded,
     FinishReason,
     InvalidRequest,
+    LimitExceeded,
     Message,
     Overloaded,
     ProtocolError,
@@ -286,6 +287,35 @@ def test_unreadable_details_leave_the_status() -> None:
     ):
         client.generate("a").result()
     assert caught.value.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("200 tokens wait to be read", "CLIENT_TOO_SLOW"),
+        ("CLIENT: Received message larger than max (45000000 vs. 41943040)", ""),
+    ],
+)
+def test_what_no_retry_changes_is_not_called_overload(message: str, reason: str) -> None:
+    def respond(context: grpc.ServicerContext) -> Responses:
+        abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, message, [error_info(reason)])
+        yield admission()
+
+    with (
+        serving(respond) as server,
+        Client(server.address) as client,
+        pytest.raises(LimitExceeded) as caught,
+    ):
+        client.generate("a").result()
+    assert caught.value.reason == reason
+
+
+def test_chat_messages_of_another_type_are_refused_by_name() -> None:
+    with Client("localhost:1") as client:
+        with pytest.raises(TypeError, match="list of turns"):
+            client.chat("hello")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"messages\[0\] has a list as content"):
+            client.chat([{"role": "user", "content": ["hello"]}])  # type: ignore[dict-item]
 
 
 def test_cancelled_stream_tells_the_server_and_raises() -> None:

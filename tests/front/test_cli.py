@@ -145,6 +145,22 @@ def test_help_shows_defaults_and_imports_nothing_heavy(command: str) -> None:
     assert "--max-model-tokens" in shown
 
 
+def test_a_wrong_worker_option_ends_serve_with_its_explanation(checkpoint: Path) -> None:
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "tokenloom.scheduler", "serve", str(checkpoint)),
+            *("--listen=127.0.0.1:0", "--kv-memory-fraction", "2"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "2 is no fraction above 0 and up to 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_scheduler_and_a_worker_started_on_its_own_serve(checkpoint: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     scheduler = subprocess.Popen(

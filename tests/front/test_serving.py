@@ -169,6 +169,20 @@ async def test_a_port_beyond_the_last_is_refused(run_dir: Path, checkpoint: Path
     assert "cannot listen on 127.0.0.1:99999: ports end at 65535" in log
 
 
+async def test_a_host_is_refused_if_one_of_its_addresses_is_taken(
+    run_dir: Path, checkpoint: Path
+) -> None:
+    async def nobody(*_: object) -> None:
+        pass
+
+    async with await asyncio.start_server(nobody, "127.0.0.1", 0) as taken:
+        port = taken.sockets[0].getsockname()[1]
+        async with front_process(run_dir, checkpoint, listen=f"localhost:{port}") as front:
+            code, log = await front.ended()
+    assert code == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in log
+
+
 async def test_a_port_that_is_taken_is_named(run_dir: Path, checkpoint: Path) -> None:
     async def nobody(*_: object) -> None:
         pass

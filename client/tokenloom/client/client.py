@@ -1,7 +1,7 @@
 """The blocking client.
 
 with Client("localhost:50051") as client:
-    print(client.generate("Once upon a time", max_tokens=50).text())
+    print(client.chat([{"role": "user", "content": "What is 2 + 2?"}], max_tokens=50).text())
 
     with client.chat([Message("user", "What is 47 + 38?")], temperature=0) as stream:
         for delta in stream:

@@ -4,6 +4,8 @@
     ├── InvalidRequest        refused as it stands; `violations` name the fields
     ├── AccessDenied          the caller is unknown or may not do this
     ├── Overloaded            refused for now; `retry_after_s` says when to come again
+    ├── LimitExceeded         past a limit that no retry changes: a message too large, a
+    │                         stream that was not read
     ├── Unavailable           no server, or one that loads its model or drains
     ├── DeadlineExceeded      `timeout_s` passed before the end
     ├── Cancelled             the call was cancelled, here or by the server
@@ -86,6 +88,12 @@ class AccessDenied(TokenloomError):
 
 class Overloaded(TokenloomError):
     """The server has no room for the request now."""
+
+    default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class LimitExceeded(TokenloomError):
+    """The call went past a limit of the server; the same call again would do so too."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 

@@ -112,6 +112,11 @@ def chat_request(messages: ChatMessages, options: Options) -> pb.GenerateRequest
 
 def encode_chat(messages: ChatMessages) -> pb.Chat:
     """Returns the message for turns of a chat. Raises TypeError."""
+    if isinstance(messages, str | Mapping | Message):
+        raise TypeError(
+            "messages is a list of turns, such as [{'role': 'user', 'content': 'Hello'}]; "
+            "`generate` takes plain text"
+        )
     return pb.Chat(messages=[_encode_turn(index, turn) for index, turn in enumerate(messages)])
 
 
@@ -122,6 +127,9 @@ def _encode_turn(index: int, turn: Message | Mapping[str, str]) -> pb.ChatMessag
         raise TypeError(
             f"messages[{index}] has the keys {sorted(turn)}; it must have `role` and `content`"
         )
+    for name, value in turn.items():
+        if not isinstance(value, str):
+            raise TypeError(f"messages[{index}] has a {type(value).__name__} as {name}; it is text")
     return pb.ChatMessage(role=turn["role"], content=turn["content"])
 
 

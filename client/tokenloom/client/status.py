@@ -17,6 +17,7 @@ from tokenloom.client.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    LimitExceeded,
     Overloaded,
     ServerError,
     TokenloomError,
@@ -26,6 +27,9 @@ from tokenloom.client.errors import (
 from tokenloom.v1 import errors_pb2
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_TOO_SLOW = "CLIENT_TOO_SLOW"
+_TOO_LARGE = "larger than max"
+"""In gRPC's own words for a message over the limit, which come without a reason."""
 
 _ERRORS: dict[grpc.StatusCode, type[TokenloomError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -64,6 +68,8 @@ def error_from_status(
         # A proxy may have cut the trailer; the status itself is still true.
         pass
     kind = _ERRORS.get(code, ServerError)
+    if kind is Overloaded and (info.reason == _TOO_SLOW or _TOO_LARGE in message):
+        kind = LimitExceeded
     retry_after_s = (
         retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None
     )

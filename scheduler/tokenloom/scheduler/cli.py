@@ -43,9 +43,10 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
 )
 _WORKER_OPTIONS = (
     ("device", "DEVICE", "auto, cpu, cuda or cuda:N"),
-    ("attention", "NAME", "attention backend"),
+    ("attention", "NAME", "attention backend: auto, torch or flash"),
+    ("cpu_threads", "N", "threads that compute on a CPU"),
     ("kv_cache_bytes", "SIZE", "fixed size of the KV cache, such as 1GiB"),
-    ("kv_memory_fraction", "SHARE", "share of the free GPU memory that the KV cache takes"),
+    ("kv_memory_fraction", "FRACTION", "part of the free GPU memory that the KV cache takes"),
 )
 
 
@@ -147,7 +148,7 @@ def _children(config: SchedulerConfig, worker_options: list[str] | None) -> list
             name="front",
             argv=(*python, "tokenloom.scheduler.front", config.to_json()),
             stop_s=config.grace_s + _STOP_S,
-            hurry_signal=signal.SIGINT,
+            hurry_signal=signal.SIGUSR1,
         ),
         Child(
             name="core",

@@ -7,7 +7,7 @@ after it. They start the other way round.
     start        3         2        1
     end          1         2        3       each is waited for before the next
 
-A child that dies by itself ends everything with exit code 1. No child
+A child that dies by itself ends everything, and the exit code says so. No child
 survives the supervisor, not even one that is killed.
 """
 
@@ -29,6 +29,8 @@ _PR_SET_PDEATHSIG = 1
 """<linux/prctl.h>: the signal that a process gets when its parent ends."""
 _KILL_S = 5.0
 """How long anything may take to end once time is up, before it is killed."""
+UNUSABLE_OPTIONS = 2
+"""The exit code of a process that refuses its options or its configuration."""
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 _log = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ def supervise(children: Sequence[Child]) -> int:
     """Runs the children until SIGTERM, SIGINT or the death of one; returns the exit code.
 
     The first signal ends the children in order, each within its `stop_s`; a
-    second one hurries them. 0: all ended well when told; 1: not so.
+    second one hurries them. 0: all ended well when told; 2: a child ended by itself with
+    2, as one does that cannot use its options; 1: anything else.
     """
     with _wakeup() as wait:
         processes = _Processes(children, wait)
@@ -58,9 +61,9 @@ def supervise(children: Sequence[Child]) -> int:
             processes.start()
             dead = processes.wait_for_signal()
             if dead is not None:
-                processes.forget(dead)
+                code = processes.forget(dead)
                 processes.stop(in_hurry=True)
-                return 1
+                return UNUSABLE_OPTIONS if code == UNUSABLE_OPTIONS else 1
             return 0 if processes.stop(in_hurry=False) else 1
         finally:
             processes.kill()
@@ -118,9 +121,9 @@ class _Processes:
             if self._wait(None) & _STOP_SIGNALS:
                 return None
 
-    def forget(self, dead: Child) -> None:
-        """Leaves a child out that has died and was told of."""
-        del self._running[dead]
+    def forget(self, dead: Child) -> int:
+        """Leaves a child out that has died and was told of; returns its exit code."""
+        return int(self._running.pop(dead).returncode)
 
     def stop(self, *, in_hurry: bool) -> bool:
         """Ends the children in order; returns whether all ended well, and in time."""

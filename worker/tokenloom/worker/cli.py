@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.loop import EXIT_LOAD_FAILED, serve
@@ -22,6 +25,8 @@ from tokenloom.worker.options import (
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 def worker(argv: list[str] | None = None) -> int:
     """Runs a worker until the core ends it; returns its exit code.
@@ -31,7 +36,7 @@ def worker(argv: list[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr
     )
     options = WorkerOptions(
         device=args.device,
@@ -54,12 +59,31 @@ def worker(argv: list[str] | None = None) -> int:
     return serve(runner, endpoint=args.connect, rank=0, device=str(runner.device))
 
 
+def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Returns a parser whose ValueError argparse shows as it is, not by the parser's name."""
+
+    def parse_argument(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = WorkerOptions()
     parser = argparse.ArgumentParser(
         prog="tokenloom worker",
         description="Computes on one device what a scheduler's core decides.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument(
         "--connect",
@@ -87,14 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--kv-cache-bytes",
-        type=parse_bytes,
+        type=_argument(parse_bytes),
         metavar="SIZE",
         help=f"size of the KV pool, such as 1GiB; without it by fraction on a GPU, {CPU_KV_CACHE}"
         " on a CPU",
     )
     parser.add_argument(
         "--kv-memory-fraction",
-        type=parse_fraction,
+        type=_argument(parse_fraction),
         default=defaults.kv_memory_fraction,
         metavar="FRACTION",
         help="part of the GPU memory free after loading that the KV pool takes",

@@ -222,7 +222,9 @@ class _Conversation:
         self._hello_due_s = now_s + (HELLO_INTERVAL_S if sent else HELLO_INTERVAL_S / 20)
 
     def _configure(self, configure: Configure) -> int | None:
-        if self._epoch is not None and configure.epoch <= self._epoch:
+        if configure.epoch == self._epoch:  # the core asks whether this worker lives
+            return None
+        if self._epoch is not None and configure.epoch < self._epoch:
             self._link.drop(f"Configure of epoch {configure.epoch} in epoch {self._epoch}")
             return None
         self._pending.clear()

@@ -108,19 +108,23 @@ class FrontServer:
 
 
 async def run(config: SchedulerConfig, text: TextModel) -> None:
-    """Serves until SIGTERM, then drains; SIGINT, and a second SIGTERM, end the grace period."""
+    """Serves until SIGTERM, then drains; SIGINT, SIGUSR1 and a second SIGTERM end the grace.
+
+    The supervisor hurries with SIGUSR1: it ends a process that is still importing in silence.
+    """
     loop = asyncio.get_running_loop()
     term, hurry = asyncio.Event(), asyncio.Event()
 
     def on_term() -> None:
         (hurry if term.is_set() else term).set()
 
-    def on_int() -> None:
+    def on_hurry() -> None:
         term.set()
         hurry.set()
 
     loop.add_signal_handler(signal.SIGTERM, on_term)
-    loop.add_signal_handler(signal.SIGINT, on_int)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        loop.add_signal_handler(number, on_hurry)
     server = FrontServer(config, text)
     try:
         await server.start()
@@ -161,13 +165,11 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
 def _check_free(listen: str) -> None:
     """Refuses what gRPC would take in silence. Raises ConfigError.
 
-    It binds a port beyond 65535 modulo 65536, and takes a Unix socket away from the server that
-    listens on it.
+    It binds a port beyond 65535 modulo 65536, is content with one of a host's addresses when
+    others are taken, and takes a Unix socket away from the server that listens on it.
     """
     if not listen.startswith("unix:"):
-        port = listen.rpartition(":")[2]
-        if port.isdecimal() and int(port) > _MAX_PORT:
-            raise ConfigError(f"cannot listen on {listen}: ports end at {_MAX_PORT}")
+        _check_port_free(listen)
         return
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
@@ -176,6 +178,26 @@ def _check_free(listen: str) -> None:
         except OSError:  # nobody listens there; binding tells what else may be wrong
             return
     raise ConfigError(f"cannot listen on {listen}: another server listens there")
+
+
+def _check_port_free(listen: str) -> None:
+    """Refuses a port beyond the last, and one that is taken on any address of the host."""
+    host, _, port = listen.rpartition(":")
+    if not port.isdecimal() or int(port) == 0:
+        return
+    if int(port) > _MAX_PORT:
+        raise ConfigError(f"cannot listen on {listen}: ports end at {_MAX_PORT}")
+    try:
+        addresses = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {listen}: {error}") from error
+    for family, kind, protocol, _, address in addresses:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise ConfigError(f"cannot listen on {address[0]}:{port}: {error}") from error
 
 
 def _write_address(run_dir: Path, address: str) -> None:

@@ -153,7 +153,9 @@ def _folder(model: str) -> Path:
     except HFValidationError as error:
         raise CheckpointError(f"{model!r} is neither a folder nor a Hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{model!r} cannot be fetched from the Hub: {error}") from error
+        raise CheckpointError(
+            f"there is no folder {model}, and as a Hub id it cannot be fetched: {error}"
+        ) from error
 
 
 def _special_tokens(entries: Mapping[str, object]) -> dict[str, str]:

@@ -1,0 +1,24 @@
+"""What the worker's command line says of wrong options."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenloom.worker.cli import worker
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--kv-memory-fraction", "2", "2 is no fraction above 0 and up to 1"),
+        ("--kv-cache-bytes", "lots", "'lots' is no size; write 4096, 256MiB or 1.5GiB"),
+        ("--attention", "foo", "invalid choice: 'foo'"),
+    ],
+)
+def test_a_wrong_option_is_explained(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        worker(["--connect", "ipc:///nowhere", option, value])
+    assert exit_info.value.code == 2
+    assert said in capsys.readouterr().err
