@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
+import pytest
 import torch
 
+from tests.worker.checkpoints import make_checkpoint
+from tests.worker.driver import configuration
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.kv import pool_bytes, scratch_bytes
+from tokenloom.worker.options import WorkerOptions
+from tokenloom.worker.runner import ModelRunner
 
 CONFIG = ModelConfig.parse(
     {
@@ -40,3 +48,20 @@ def test_scratch_grows_with_rows_and_with_step_tokens() -> None:
 def test_a_fixed_size_is_taken_as_it_is() -> None:
     device = torch.device("cpu")
     assert pool_bytes(device, fixed_bytes=123, memory_fraction=0.5, scratch=10**12) == 123
+
+
+@pytest.mark.parametrize(("max_step_tokens", "max_model_tokens"), [(1, 2), (3, 256), (2048, 5)])
+def test_warming_up_keeps_to_the_smallest_limits(
+    tmp_path: Path, max_step_tokens: int, max_model_tokens: int
+) -> None:
+    make_checkpoint(tmp_path, "llama")
+    runner = ModelRunner(WorkerOptions(device="cpu", kv_cache_bytes=1024 * 1024))
+    configure = msgspec.structs.replace(
+        configuration(str(tmp_path)),
+        max_num_requests=1,
+        max_step_tokens=max_step_tokens,
+        max_model_tokens=max_model_tokens,
+    )
+    runner.configure(configure, lambda *_: None)
+    assert runner._epoch is not None
+    runner._warm_up(configure.epoch, runner._epoch.slots.limits)  # raises if it goes past one
