@@ -24,6 +24,7 @@ from tokenloom.worker.batch import Batch
 from tokenloom.worker.checkpoint import fill, locate, read_config
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
+from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.results import download_sampled, step_done
@@ -173,13 +174,15 @@ class ModelRunner:
         attention = choose_attention(
             self._options.attention, head_dim=config.head_dim, dtype=dtype, device=device
         )
+        operations = choose_operations(device)
         _log.info(
-            "%s: %s on %s in %s, attention %s",
+            "%s: %s on %s in %s, attention %s, operations %s",
             configure.model,
             config.architecture,
             device,
             dtype,
             attention.name,
+            operations.name,
         )
         start_s = time.perf_counter()
         weights = allocate_weights(config, dtype=dtype, device=device)
@@ -209,7 +212,7 @@ class ModelRunner:
             model=configure.model,
             dtype_name=configure.dtype,
             config=config,
-            decoder=Decoder(config, weights, rotary),
+            decoder=Decoder(config, weights, rotary, operations),
             attention=attention,
             pool=pool,
             weights_bytes=weights_bytes,
