@@ -34,7 +34,7 @@ from tokenloom.worker.slots import Limits, Slots
 from tokenloom.worker.weights import allocate_weights, destinations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from tokenloom.worker.attention import Attention
     from tokenloom.worker.options import WorkerOptions
@@ -48,6 +48,8 @@ DTYPES = {
 }
 _POLL_S = 50e-6
 """How often the loop looks whether the device is done: short beside a step of milliseconds."""
+_WARM_UP_TOKENS = 4096
+"""Of the long request to warm up with: long enough for kernels to share its keys out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,10 +239,38 @@ class ModelRunner:
         )
 
     def _warm_up(self, epoch: int) -> None:
-        """Runs a prefill and a decode, so that no request waits for kernels to compile."""
-        num_tokens = 8
-        self.launch(_warm_up_step(epoch, admit=True, start=0, length=num_tokens)).result()
-        self.launch(_warm_up_step(epoch, admit=False, start=num_tokens, length=1)).result()
+        """Runs steps of one short and one long request, so that none waits for kernels to compile.
+
+        Kernels that share a request's keys out compile for long ones alone.
+        """
+        assert self._epoch is not None
+        limits = self._epoch.slots.limits
+        # Two tokens are sampled behind the prompt.
+        longest = min(limits.max_model_tokens, limits.num_blocks * limits.block_size) - 2
+        num_new = min(32, limits.max_step_tokens)
+        step_id = 0
+        for num_tokens in (min(num_new, longest), min(_WARM_UP_TOKENS, longest)):
+            num_blocks = num_tokens // limits.block_size + 1
+            num_computed = max(0, num_tokens - num_new)  # as if they lay in cached blocks
+            admit = _warm_up_admit(num_tokens, num_computed)
+            released = b"" if step_id == 0 else _int32([0])
+            for start, length in ((num_computed, num_tokens - num_computed), (num_tokens, 1)):
+                admitted = start == num_computed
+                step = Step(
+                    epoch=epoch,
+                    step_id=step_id,
+                    released=released if admitted else b"",
+                    admitted=(admit,) if admitted else (),
+                    block_slots=_int32([0] * num_blocks) if admitted else b"",
+                    block_indices=_int32(range(num_blocks)) if admitted else b"",
+                    block_ids=_int32(range(num_blocks)) if admitted else b"",
+                    span_slots=_int32([0]),
+                    span_starts=_int32([start]),
+                    span_lengths=_int32([length]),
+                    span_samples=b"\1",
+                )
+                self.launch(step).result()
+                step_id += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,8 +352,8 @@ def _max_model_tokens(configure: Configure, config: ModelConfig) -> int:
     return wanted
 
 
-def _warm_up_step(epoch: int, *, admit: bool, start: int, length: int) -> Step:
-    """Returns a step of slot 0 in block 0."""
+def _warm_up_admit(num_tokens: int, num_computed: int) -> Admit:
+    """Returns a request of zeros for slot 0."""
     sampling = SamplingParams(
         temperature=1.0,
         top_p=0.9,
@@ -338,24 +368,15 @@ def _warm_up_step(epoch: int, *, admit: bool, start: int, length: int) -> Step:
         logit_bias=(),
         num_top_logprobs=None,
     )
-    entry = Admit(
+    return Admit(
         slot=0,
-        tokens=bytes(4 * length),
-        num_prompt_tokens=length,
-        num_computed=0,
+        tokens=bytes(4 * num_tokens),
+        num_prompt_tokens=num_tokens,
+        num_computed=num_computed,
         sampling=sampling,
     )
-    zero = np.zeros(1, dtype="<i4").tobytes()
-    return Step(
-        epoch=epoch,
-        step_id=start,
-        released=b"",
-        admitted=(entry,) if admit else (),
-        block_slots=zero if admit else b"",
-        block_indices=zero if admit else b"",
-        block_ids=zero if admit else b"",
-        span_slots=zero,
-        span_starts=np.array([start], dtype="<i4").tobytes(),
-        span_lengths=np.array([length], dtype="<i4").tobytes(),
-        span_samples=b"\1",
-    )
+
+
+def _int32(numbers: Iterable[int]) -> bytes:
+    """Returns a column of a Step."""
+    return np.fromiter(numbers, dtype="<i4").tobytes()
