@@ -16,11 +16,13 @@ from tests.architecture.repository import (
 SOURCE_ROOTS = tuple(ROOT / part for part in PARTS)
 GPU_PACKAGES = ("flash_attn", "bitsandbytes")
 """Optional: missing where there is no GPU."""
+OPTIONAL = (*GPU_PACKAGES, "triton")
+"""Triton comes with torch's CUDA builds; each file with a kernel imports it."""
 
 
 def loaded_by(*modules: str) -> set[str]:
     """Returns the names in sys.modules once the modules and all below them are imported."""
-    printed = run_python(IMPORT_ALL, ",".join(modules), ",".join(GPU_PACKAGES), path=SOURCE_ROOTS)
+    printed = run_python(IMPORT_ALL, ",".join(modules), ",".join(OPTIONAL), path=SOURCE_ROOTS)
     return set(json.loads(printed.splitlines()[-1]))
 
 

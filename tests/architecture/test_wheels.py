@@ -79,8 +79,9 @@ def test_wheel_tells_type_checkers_that_it_is_typed(part: str, wheels: Mapping[s
 def test_four_wheels_make_one_namespace(wheels: Mapping[str, Path], tmp_path: Path) -> None:
     installed = unpack(wheels, *PARTS, into=tmp_path)
     packages = "tokenloom.v1,tokenloom.wire,tokenloom.scheduler,tokenloom.worker,tokenloom.client"
+    optional = "flash_attn,bitsandbytes,triton"
     printed = run_python(
-        IMPORT_ALL, packages, "flash_attn,bitsandbytes", path=(installed, SITE_PACKAGES), site=False
+        IMPORT_ALL, packages, optional, path=(installed, SITE_PACKAGES), site=False
     )
     assert set(packages.split(",")) <= set(json.loads(printed.splitlines()[-1]))
 

@@ -70,11 +70,33 @@ def test_flash_agrees_with_its_twin(
     assert relative_error(mixed, exact) < 6e-3  # bfloat16's own
 
 
-def test_flash_is_chosen_on_this_gpu_and_the_twin_for_what_it_cannot_do() -> None:
-    def chosen(head_dim: int, dtype: torch.dtype) -> str:
-        return choose_attention("auto", head_dim=head_dim, dtype=dtype, device=DEVICE).name
+def test_each_backend_is_chosen_for_what_it_can_do() -> None:
+    def chosen(name: str, head_dim: int, dtype: torch.dtype) -> str:
+        return choose_attention(name, head_dim=head_dim, dtype=dtype, device=DEVICE).name
 
-    assert chosen(128, torch.bfloat16) == "flash"
-    assert chosen(64, torch.float16) == "flash"
-    assert chosen(128, torch.float32) == "torch"
-    assert chosen(256, torch.bfloat16) == "torch"
+    assert chosen("auto", 128, torch.bfloat16) == "flash, triton for decodes"
+    assert chosen("auto", 64, torch.float16) == "flash, triton for decodes"
+    assert chosen("auto", 128, torch.float32) == "triton"
+    assert chosen("auto", 256, torch.bfloat16) == "triton"
+    assert chosen("flash", 128, torch.bfloat16) == "flash"
+    assert chosen("torch", 128, torch.bfloat16) == "torch"
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_the_choice_by_shape_agrees_with_the_twin(name: str) -> None:
+    attention = choose_attention("auto", head_dim=128, dtype=torch.bfloat16, device=DEVICE)
+    case = make_case(
+        SPANS[name],
+        num_heads=16,
+        num_kv_heads=2,
+        head_dim=128,
+        block_size=attention.block_size,
+        dtype=torch.bfloat16,
+        device="cuda",
+        rest=1e4,
+    )
+    twin = ReferenceAttention(block_size=attention.block_size)
+    wide = type(case.pages)(keys=case.pages.keys.float(), values=case.pages.values.float())
+    exact = twin.attend(wide, 0, case.queries.float(), case.step, None).double()
+    mixed = attention.attend(case.pages, 0, case.queries, case.step, None)
+    assert relative_error(mixed, exact) < 6e-3  # bfloat16's own

@@ -35,9 +35,10 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     rest: float = 0.0,
+    seed: int | None = None,
 ) -> AttentionCase:
     """Returns a case whose pages hold `rest` wherever no request has written."""
-    rng = torch.Generator().manual_seed(len(spans))
+    rng = torch.Generator().manual_seed(len(spans) if seed is None else seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng).to(dtype)

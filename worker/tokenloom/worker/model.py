@@ -9,24 +9,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn import functional
-
-from tokenloom.worker.rotary import rotate
 
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Attention, Pages, Spans
     from tokenloom.worker.config import ModelConfig
-    from tokenloom.worker.weights import LayerWeights, Weights
+    from tokenloom.worker.kernels import Operations
+    from tokenloom.worker.weights import Weights
 
 
 class Decoder:
     """Embedding, layers, head. It holds no state of any request."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, rotary: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, rotary: Tensor, operations: Operations
+    ) -> None:
         """`rotary` is the table [num_positions, 2, head_dim / 2] of `rotary_table`."""
         self._config = config
+        self._operations = operations
         self._weights = weights
         self._rotary = rotary
 
@@ -53,36 +54,24 @@ class Decoder:
         Returns:
             float32 [num_rows, vocab_size]
         """
+        eps, ops = self._config.rms_norm_eps, self._operations
         hidden = functional.embedding(tokens, self._weights.embedding)  # [num_tokens, hidden_size]
         angles = self._rotary[positions].to(hidden.dtype)  # [num_tokens, 2, head_dim / 2]
-        cos, sin = angles.unsqueeze(2).unbind(1)  # each [num_tokens, 1, head_dim / 2]
+        update: Tensor | None = None  # what a layer adds to hidden, with the next one's norm
         for index, layer in enumerate(self._weights.layers):
-            normed = self._norm(hidden, layer.attention_norm)
-            q, k, v = self._project(normed, layer, cos, sin)
-            attention.store(pages, index, k, v, spans)
-            mixed = attention.attend(pages, index, q, spans, self._config.windows[index])
-            hidden = hidden + layer.output(mixed.flatten(1))
-            hidden = hidden + self._mlp(self._norm(hidden, layer.mlp_norm), layer)
-        last = self._norm(hidden[rows], self._weights.final_norm)
+            if update is None:
+                normed = ops.norm(hidden, layer.attention_norm, eps)
+            else:
+                normed = ops.add_norm(hidden, update, layer.attention_norm, eps)
+            keys, values = pages.keys[index], pages.values[index]
+            norms = None
+            if layer.q_norm is not None and layer.k_norm is not None:
+                norms = (layer.q_norm, layer.k_norm)
+            qkv = layer.qkv(normed)  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+            queries = ops.place_heads(qkv, angles, spans.places, keys, values, norms, eps)
+            mixed = attention.attend(pages, index, queries, spans, self._config.windows[index])
+            normed = ops.add_norm(hidden, layer.output(mixed.flatten(1)), layer.mlp_norm, eps)
+            update = layer.down(ops.silu_mul(layer.gate_up(normed)))
+        assert update is not None
+        last = ops.add_norm(hidden[rows], update[rows], self._weights.final_norm, eps)
         return self._weights.head(last).float()
-
-    def _project(
-        self, normed: Tensor, layer: LayerWeights, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns rotated queries and keys, and values: [num_tokens, heads, head_dim] each."""
-        config = self._config
-        heads = layer.qkv(normed).view(len(normed), -1, config.head_dim)
-        parts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        q, k, v = torch.split(heads, parts, dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def _mlp(self, normed: Tensor, layer: LayerWeights) -> Tensor:
-        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-        return layer.down(functional.silu(gate) * up)
-
-    def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
-        wide = rows.to(torch.float32)
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._config.rms_norm_eps)
-        return weight * (wide * scale).to(rows.dtype)

@@ -24,6 +24,7 @@ from tokenloom.worker.batch import Batch
 from tokenloom.worker.checkpoint import fill, locate, read_config
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
+from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.results import download_sampled, step_done
@@ -33,7 +34,7 @@ from tokenloom.worker.slots import Limits, Slots
 from tokenloom.worker.weights import allocate_weights, destinations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from tokenloom.worker.attention import Attention
     from tokenloom.worker.options import WorkerOptions
@@ -45,9 +46,10 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-WARM_UP_TOKENS = 8
 _POLL_S = 50e-6
 """How often the loop looks whether the device is done: short beside a step of milliseconds."""
+_WARM_UP_TOKENS = 4096
+"""Of the long request to warm up with: long enough for kernels to share its keys out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class ModelRunner:
         self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
         if self.device.type == "cuda":
             report("warming up", 0.0)
-            self._warm_up(configure.epoch, self._epoch.slots.limits)
+            self._warm_up(configure.epoch)
             self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
             report("warming up", 1.0)
         return Ready(
@@ -174,13 +176,15 @@ class ModelRunner:
         attention = choose_attention(
             self._options.attention, head_dim=config.head_dim, dtype=dtype, device=device
         )
+        operations = choose_operations(device)
         _log.info(
-            "%s: %s on %s in %s, attention %s",
+            "%s: %s on %s in %s, attention %s, operations %s",
             configure.model,
             config.architecture,
             device,
             dtype,
             attention.name,
+            operations.name,
         )
         start_s = time.perf_counter()
         weights = allocate_weights(config, dtype=dtype, device=device)
@@ -216,7 +220,7 @@ class ModelRunner:
             model=configure.model,
             dtype_name=configure.dtype,
             config=config,
-            decoder=Decoder(config, weights, rotary),
+            decoder=Decoder(config, weights, rotary, operations),
             attention=attention,
             pool=pool,
             weights_bytes=weights_bytes,
@@ -240,11 +244,40 @@ class ModelRunner:
             sampler=Sampler(limits.num_slots, limits.vocab_size, device),
         )
 
-    def _warm_up(self, epoch: int, limits: Limits) -> None:
-        """Runs a prefill and a decode, so that no request waits for kernels to compile."""
-        num_tokens = min(WARM_UP_TOKENS, limits.max_step_tokens, limits.max_model_tokens - 1)
-        self.launch(_warm_up_step(epoch, admit=True, start=0, length=num_tokens)).result()
-        self.launch(_warm_up_step(epoch, admit=False, start=num_tokens, length=1)).result()
+    def _warm_up(self, epoch: int) -> None:
+        """Runs steps of one short and one long request, so that none waits for kernels to compile.
+
+        Kernels that share a request's keys out compile for long ones alone.
+        """
+        assert self._epoch is not None
+        limits = self._epoch.slots.limits
+        room = min(limits.max_model_tokens, limits.num_blocks * limits.block_size)
+        longest = max(1, room - 2)  # two tokens are sampled behind the prompt, if there is room
+        num_new = min(32, limits.max_step_tokens)
+        step_id = 0
+        for num_tokens in (min(num_new, longest), min(_WARM_UP_TOKENS, longest)):
+            num_blocks = num_tokens // limits.block_size + 1
+            num_computed = max(0, num_tokens - num_new)  # as if they lay in cached blocks
+            admit = _warm_up_admit(num_tokens, num_computed)
+            released = b"" if step_id == 0 else _int32([0])
+            spans = [(num_computed, num_tokens - num_computed), (num_tokens, 1)]
+            for start, length in spans[: room - num_tokens]:
+                admitted = start == num_computed
+                step = Step(
+                    epoch=epoch,
+                    step_id=step_id,
+                    released=released if admitted else b"",
+                    admitted=(admit,) if admitted else (),
+                    block_slots=_int32([0] * num_blocks) if admitted else b"",
+                    block_indices=_int32(range(num_blocks)) if admitted else b"",
+                    block_ids=_int32(range(num_blocks)) if admitted else b"",
+                    span_slots=_int32([0]),
+                    span_starts=_int32([start]),
+                    span_lengths=_int32([length]),
+                    span_samples=b"\1",
+                )
+                self.launch(step).result()
+                step_id += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,8 +359,8 @@ def _max_model_tokens(configure: Configure, config: ModelConfig) -> int:
     return wanted
 
 
-def _warm_up_step(epoch: int, *, admit: bool, start: int, length: int) -> Step:
-    """Returns a step of slot 0 in block 0."""
+def _warm_up_admit(num_tokens: int, num_computed: int) -> Admit:
+    """Returns a request of zeros for slot 0."""
     sampling = SamplingParams(
         temperature=1.0,
         top_p=0.9,
@@ -342,24 +375,15 @@ def _warm_up_step(epoch: int, *, admit: bool, start: int, length: int) -> Step:
         logit_bias=(),
         num_top_logprobs=None,
     )
-    entry = Admit(
+    return Admit(
         slot=0,
-        tokens=bytes(4 * length),
-        num_prompt_tokens=length,
-        num_computed=0,
+        tokens=bytes(4 * num_tokens),
+        num_prompt_tokens=num_tokens,
+        num_computed=num_computed,
         sampling=sampling,
     )
-    zero = np.zeros(1, dtype="<i4").tobytes()
-    return Step(
-        epoch=epoch,
-        step_id=start,
-        released=b"",
-        admitted=(entry,) if admit else (),
-        block_slots=zero if admit else b"",
-        block_indices=zero if admit else b"",
-        block_ids=zero if admit else b"",
-        span_slots=zero,
-        span_starts=np.array([start], dtype="<i4").tobytes(),
-        span_lengths=np.array([length], dtype="<i4").tobytes(),
-        span_samples=b"\1",
-    )
+
+
+def _int32(numbers: Iterable[int]) -> bytes:
+    """Returns a column of a Step."""
+    return np.fromiter(numbers, dtype="<i4").tobytes()

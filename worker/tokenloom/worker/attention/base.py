@@ -4,7 +4,7 @@ span 0 of 3 tokens, slot's positions 4 … 6, block size 4
 
 block table of the span    [ 7, 2, … ]
 block 7  [ k0 k1 k2 k3 ]   block 2  [ k4 k5 k6 ·· ]
-                                      └ stored by this step: places 8, 9, 10
+                                      └ written by this step before it attends: places 8, 9, 10
 """
 
 from __future__ import annotations
@@ -63,9 +63,6 @@ class Attention(Protocol):
     name: str
     block_size: int
 
-    def store(self, pages: Pages, layer: int, keys: Tensor, values: Tensor, spans: Spans) -> None:
-        """Writes [num_tokens, num_kv_heads, head_dim] to the step's places in the pool."""
-
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
@@ -73,12 +70,3 @@ class Attention(Protocol):
 
         With a `window`, a token sees that many positions, its own among them.
         """
-
-
-class ScatterStore:
-    """Stores with plain indexing; backends without a kernel for it inherit this."""
-
-    def store(self, pages: Pages, layer: int, keys: Tensor, values: Tensor, spans: Spans) -> None:
-        """Writes [num_tokens, num_kv_heads, head_dim] to the step's places in the pool."""
-        pages.keys[layer].flatten(0, 1).index_copy_(0, spans.places, keys)
-        pages.values[layer].flatten(0, 1).index_copy_(0, spans.places, values)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenloom.worker.attention.base import Pages, ScatterStore, Spans
+from tokenloom.worker.attention.base import Pages, Spans
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def why_not_flash(*, head_dim: int, dtype: torch.dtype, device: torch.device) ->
     return None
 
 
-class FlashAttention(ScatterStore):
+class FlashAttention:
     """flash_attn_varlen_func with a page table."""
 
     name = "flash"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenloom.worker.attention.base import Pages, ScatterStore, Spans
+from tokenloom.worker.attention.base import Pages, Spans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ class _Group:
     """By window: bool [num_rows, 1, max_length, num_keys], made once a step"""
 
 
-class ReferenceAttention(ScatterStore):
+class ReferenceAttention:
     """torch's scaled_dot_product_attention over gathered pages."""
 
     name = "torch"

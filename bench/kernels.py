@@ -1,0 +1,231 @@
+"""Microseconds of each kernel, and its bandwidth against the bytes it must move.
+
+    python bench/kernels.py [--only attend place_heads] [--processors 4 8]
+
+Needs a CUDA device. Every kernel runs in a CUDA graph over inputs that together
+exceed the L2 cache, beside what it replaces: decoding attention beside
+flash-attn-4 where that is installed, the fused operations beside their torch
+twins. Heads and sizes are Llama-3-8B's. Prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenloom.worker.attention import Attention, Pages, Spans
+from tokenloom.worker.attention.flash import FlashAttention, why_not_flash
+from tokenloom.worker.attention.paged import PagedAttention
+from tokenloom.worker.kernels import Operations
+from tokenloom.worker.kernels.fused import FusedOperations
+from tokenloom.worker.kernels.twin import TorchOperations
+
+DEVICE = torch.device("cuda")
+DTYPE = torch.bfloat16
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
+HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14336
+BLOCK_SIZE = 128
+DECODES = ((1, 1024), (1, 16384), (1, 32768), (8, 4096), (32, 1024), (64, 2048), (256, 1024))
+"""(batch, context)"""
+NUM_TOKENS = (1, 32, 256, 8192)
+FRESH_BYTES = 256 * 1024**2
+"""Of inputs in turn: several times the L2 cache."""
+NUM_REPLAYS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A measurement."""
+
+    kernel: str
+    shape: str
+    backend: str
+    seconds: float
+    num_bytes: int
+
+    def __str__(self) -> str:
+        """A line of the table."""
+        rate = self.num_bytes / self.seconds / 1e12
+        return (
+            f"{self.kernel:12} {self.shape:12} {self.backend:12} {self.seconds * 1e6:9.1f}"
+            f" {rate:8.2f}"
+        )
+
+
+def num_turns(num_bytes: int) -> int:
+    """Returns how many sets of inputs there are to be, for kernels that move so many bytes."""
+    return min(max(2, FRESH_BYTES // num_bytes), 64)
+
+
+def seconds_each(call: Callable[[int], object], turns: int) -> float:
+    """Returns the median seconds of call(0) … call(turns - 1) in a graph, each."""
+    for turn in range(min(turns, 2)):  # compiles, and allocates what stays
+        call(turn)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(turns):
+            call(turn)
+    graph.replay()
+    times: list[float] = []
+    for _ in range(NUM_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / turns)
+    return statistics.median(times)
+
+
+def normal(*shape: int) -> Tensor:
+    """Returns random numbers, since zeros run faster than what a model computes."""
+    return torch.randn(shape, dtype=DTYPE, device=DEVICE)
+
+
+def decode(batch: int, context: int, backends: Sequence[tuple[str, Attention]]) -> Iterator[Row]:
+    """Yields the rows of decoding attention for one shape."""
+    num_blocks = batch * context // BLOCK_SIZE
+    num_bytes = 2 * batch * context * NUM_KV_HEADS * HEAD_DIM * DTYPE.itemsize
+    turns = num_turns(num_bytes)
+    shape = (turns, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    pages = Pages(keys=normal(*shape), values=normal(*shape))
+    queries = normal(batch, NUM_HEADS, HEAD_DIM)
+    places = torch.arange(batch, device=DEVICE)
+    blocks = torch.randperm(num_blocks, device=DEVICE).view(batch, -1)
+    spans = Spans(
+        offsets=torch.arange(batch + 1, dtype=torch.int32, device=DEVICE),
+        kv_lengths=torch.full((batch,), context, dtype=torch.int32, device=DEVICE),
+        block_tables=blocks.to(torch.int32),
+        places=places,
+        host_starts=np.full(batch, context - 1, dtype=np.int32),
+        host_lengths=np.ones(batch, dtype=np.int32),
+    )
+    for name, backend in backends:
+
+        def attend(layer: int, backend: Attention = backend) -> Tensor:
+            return backend.attend(pages, layer, queries, spans, None)
+
+        yield Row(
+            kernel="attend",
+            shape=f"{batch} x {context}",
+            backend=name,
+            seconds=seconds_each(attend, turns),
+            num_bytes=num_bytes,
+        )
+
+
+def attention_rows(processors: Sequence[int]) -> Iterator[Row]:
+    """Yields decoding attention for all shapes, our kernel and flash-attn's."""
+    backends: list[tuple[str, Attention]] = [
+        (f"triton {each}", PagedAttention(BLOCK_SIZE, each)) for each in processors
+    ]
+    if why_not_flash(head_dim=HEAD_DIM, dtype=DTYPE, device=DEVICE) is None:
+        backends.append(("flash", FlashAttention()))
+    for batch, context in DECODES:
+        yield from decode(batch, context, backends)
+
+
+def operation_rows(only: Sequence[str]) -> Iterator[Row]:
+    """Yields the fused operations and their twins."""
+    backends: tuple[Operations, ...] = (FusedOperations(), TorchOperations())
+    for num_tokens in NUM_TOKENS:
+        for name, make in OPERATIONS.items():
+            if name not in only:
+                continue
+            for operations in backends:
+                call, turns, num_bytes = make(operations, num_tokens)
+                yield Row(
+                    kernel=name,
+                    shape=f"{num_tokens} tokens",
+                    backend=operations.name,
+                    seconds=seconds_each(call, turns),
+                    num_bytes=num_bytes,
+                )
+
+
+Work = tuple[Callable[[int], object], int, int]
+"""A call on a set of inputs, how many sets there are, and the bytes a call must move."""
+
+
+def add_norm(operations: Operations, num_tokens: int) -> Work:
+    """Reads hidden and update, writes hidden and its norm."""
+    num_bytes = 4 * num_tokens * HIDDEN_SIZE * DTYPE.itemsize
+    turns = num_turns(num_bytes)
+    hidden, update = (normal(turns, num_tokens, HIDDEN_SIZE) for _ in range(2))
+    weight = normal(HIDDEN_SIZE)
+    return (
+        lambda turn: operations.add_norm(hidden[turn], update[turn], weight, 1e-5),
+        turns,
+        num_bytes,
+    )
+
+
+def place_heads(operations: Operations, num_tokens: int) -> Work:
+    """Reads qkv, writes as much: queries, and keys and values to the pool."""
+    num_all = NUM_HEADS + 2 * NUM_KV_HEADS
+    num_bytes = 2 * num_tokens * num_all * HEAD_DIM * DTYPE.itemsize
+    turns = num_turns(num_bytes)
+    qkv = normal(turns, num_tokens, num_all * HEAD_DIM)
+    angles = normal(num_tokens, 2, HEAD_DIM // 2)
+    num_blocks = num_tokens // BLOCK_SIZE + 1
+    shape = (turns, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    keys, values = normal(*shape), normal(*shape)
+    places = torch.randperm(num_blocks * BLOCK_SIZE, device=DEVICE)[:num_tokens]
+    return (
+        lambda turn: operations.place_heads(
+            qkv[turn], angles, places, keys[turn], values[turn], None, 1e-5
+        ),
+        turns,
+        num_bytes,
+    )
+
+
+def silu_mul(operations: Operations, num_tokens: int) -> Work:
+    """Reads gate and up, writes their product."""
+    num_bytes = 3 * num_tokens * INTERMEDIATE_SIZE * DTYPE.itemsize
+    turns = num_turns(num_bytes)
+    gate_up = normal(turns, num_tokens, 2 * INTERMEDIATE_SIZE)
+    return lambda turn: operations.silu_mul(gate_up[turn]), turns, num_bytes
+
+
+OPERATIONS: dict[str, Callable[[Operations, int], Work]] = {
+    "add_norm": add_norm,
+    "place_heads": place_heads,
+    "silu_mul": silu_mul,
+}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description="Bandwidth of the worker's kernels.")
+    names = ("attend", *OPERATIONS)
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--processors",
+        nargs="+",
+        type=int,
+        default=[2],
+        metavar="N",
+        help="programs a multiprocessor below which our attention kernel splits",
+    )
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
+    print(f"{'kernel':12} {'shape':12} {'backend':12} {'us':>9} {'TB/s':>8}")
+    with torch.inference_mode():
+        if "attend" in args.only:
+            for row in attention_rows(args.processors):
+                print(row, flush=True)
+        for row in operation_rows(args.only):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

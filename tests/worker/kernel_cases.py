@@ -1,0 +1,160 @@
+"""Kernels beside their twins: on a GPU as compiled, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.worker.attention_cases import AttentionCase, make_case
+from tokenloom.worker.attention import Attention, Pages
+from tokenloom.worker.attention.reference import ReferenceAttention
+from tokenloom.worker.kernels import Operations
+from tokenloom.worker.kernels.twin import TorchOperations
+
+EPS = 1e-6
+ATTENTION_ERROR = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 5e-6}
+"""Of attention's result against float64, relative: what the type itself cannot say."""
+ULP = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
+"""One step of the type, relative; for float32 what another order of a sum changes."""
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills with NaN what torch hands out without content, so that every cell must be written."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        return empty(*args, **kwargs).fill_(float("nan"))  # type: ignore[call-overload, no-any-return]
+
+    def poisoned_like(like: Tensor) -> Tensor:
+        return empty_like(like).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", poisoned_like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def attention_case(
+    spans: Sequence[tuple[int, int]],
+    heads: Heads,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: str,
+) -> AttentionCase:
+    """Returns a case with NaN wherever no request has written."""
+    return make_case(
+        spans,
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+        rest=float("nan"),
+        seed=sum(map(sum, spans)) + heads.num_heads + heads.head_dim,
+    )
+
+
+def assert_attends_like_its_twin(
+    attention: Attention, case: AttentionCase, window: int | None
+) -> None:
+    """Compares with the twin in float64."""
+    exact = ReferenceAttention(block_size=attention.block_size).attend(
+        Pages(keys=case.pages.keys.double().nan_to_num(), values=_exact(case.pages.values)),
+        0,
+        case.queries.double(),
+        case.step,
+        window,
+    )
+    mixed = attention.attend(case.pages, 0, case.queries, case.step, window)
+    assert mixed.isfinite().all()
+    error = (mixed.double() - exact).norm() / exact.norm()
+    assert float(error) < ATTENTION_ERROR[case.queries.dtype]
+    # No token is wrong on its own.
+    token_errors = (mixed.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert float(token_errors.max()) < 4 * ATTENTION_ERROR[case.queries.dtype]
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.double().nan_to_num()
+
+
+def assert_norms_like_its_twin(
+    operations: Operations, num_rows: int, size: int, dtype: torch.dtype, device: str
+) -> None:
+    rng = torch.Generator().manual_seed(num_rows + size)
+    hidden, update = (
+        (3 * torch.randn(num_rows, size, generator=rng)).to(device, dtype) for _ in range(2)
+    )
+    weight = torch.randn(size, generator=rng).to(device, dtype)
+    twin, expected = TorchOperations(), hidden.clone()
+    torch.testing.assert_close(
+        operations.norm(hidden, weight, EPS),
+        twin.norm(hidden, weight, EPS),
+        rtol=2 * ULP[dtype],
+        atol=0,
+    )
+    expected_norm = twin.add_norm(expected, update, weight, EPS)
+    normed = operations.add_norm(hidden, update, weight, EPS)
+    assert torch.equal(hidden, expected)
+    torch.testing.assert_close(normed, expected_norm, rtol=2 * ULP[dtype], atol=0)
+
+
+def assert_places_heads_like_its_twin(
+    operations: Operations,
+    heads: Heads,
+    *,
+    num_tokens: int,
+    normed: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    rng = torch.Generator().manual_seed(num_tokens + heads.num_heads)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).to(device, dtype)
+
+    num_blocks, block_size = num_tokens // 16 + 2, 16
+    qkv = normal(num_tokens, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim)
+    turns = 6.3 * torch.rand(num_tokens, heads.head_dim // 2, generator=rng)
+    angles = torch.stack((turns.cos(), turns.sin()), dim=1).to(device, dtype)
+    places = torch.randperm(num_blocks * block_size, generator=rng)[:num_tokens].to(device)
+    shape = (num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
+    norms = (normal(heads.head_dim), normal(heads.head_dim)) if normed else None
+    results = []
+    for each in (operations, TorchOperations()):
+        keys = torch.zeros(shape, dtype=dtype, device=device)
+        values = torch.zeros(shape, dtype=dtype, device=device)
+        queries = each.place_heads(qkv, angles, places, keys, values, norms, EPS)
+        results.append((queries, keys, values))
+    (queries, keys, values), (expected_queries, expected_keys, expected_values) = results
+    assert torch.equal(values, expected_values)
+    # The kernel multiplies and adds in one instruction, so it rounds a product less than
+    # the twin does; a difference of products brings that to the front.
+    for mine, expected in ((queries, expected_queries), (keys, expected_keys)):
+        atol = (32 if normed else 16) * ULP[dtype]
+        torch.testing.assert_close(mine, expected, rtol=0, atol=atol)
+        assert (mine - expected).double().norm() < ULP[dtype] * expected.double().norm()
+
+
+def assert_activates_like_its_twin(
+    operations: Operations, num_rows: int, size: int, dtype: torch.dtype, device: str
+) -> None:
+    rng = torch.Generator().manual_seed(num_rows + size)
+    gate_up = (4 * torch.randn(num_rows, 2 * size, generator=rng)).to(device, dtype)
+    torch.testing.assert_close(
+        operations.silu_mul(gate_up),
+        TorchOperations().silu_mul(gate_up),
+        rtol=2 * ULP[dtype],
+        atol=2e-6,
+    )

@@ -1,0 +1,207 @@
+"""The operations as one Triton kernel each: what they read and write moves once.
+
+Values are widened to float32 when they are loaded and rounded to their own type
+where the twin rounds, but for the products of a rotation: the compiler makes one
+fused multiply-add of each and the sum it goes into.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE_HEADS = 8
+_TILE_COLUMNS = 1024
+
+
+class FusedOperations:
+    """Triton kernels. Nothing here waits for the device or depends on what tensors hold."""
+
+    name = "triton"
+
+    def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
+        return _launch_norm(rows, None, weight, eps)
+
+    def add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds update to hidden in place, [num_rows, size] both, and returns its norm."""
+        return _launch_norm(hidden, update, weight, eps)
+
+    def place_heads(
+        self,
+        qkv: Tensor,
+        angles: Tensor,
+        places: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        """Normalizes and rotates queries and keys, and writes keys and values to the pool."""
+        num_kv_heads, head_dim = keys.shape[-2:]
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        queries = torch.empty(
+            (len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device
+        )  # [num_tokens, num_heads, head_dim]
+        q_norm, k_norm = (None, None) if norms is None else norms
+        tiles = triton.cdiv(num_heads, _TILE_HEADS) + 2 * triton.cdiv(num_kv_heads, _TILE_HEADS)
+        _place_heads[(len(qkv), tiles)](
+            qkv,
+            angles,
+            places,
+            queries,
+            keys,
+            values,
+            q_norm,
+            k_norm,
+            eps,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            HALF=triton.next_power_of_2(head_dim // 2),
+            TILE_HEADS=_TILE_HEADS,
+            num_warps=2,
+        )
+        return queries
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Returns silu(gate) * up, [num_rows, size], for [num_rows, 2 * size] gate and up."""
+        num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        product = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
+        grid = (num_rows, triton.cdiv(size, _TILE_COLUMNS))
+        _silu_mul[grid](gate_up, product, size, TILE=_TILE_COLUMNS, num_warps=4)
+        return product
+
+
+def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    normed = torch.empty_like(rows)  # [num_rows, size]
+    num_rows, size = rows.shape
+    columns = triton.next_power_of_2(size)
+    num_warps = min(max(columns // 512, 1), 16)  # 16 numbers a thread, in 16-byte loads
+    _add_norm[(num_rows,)](
+        rows, update, weight, normed, size, eps, COLUMNS=columns, num_warps=num_warps
+    )
+    return normed
+
+
+@triton.jit
+def _add_norm(
+    hidden: tl.tensor,
+    update: tl.tensor,
+    weight: tl.tensor,
+    normed: tl.tensor,
+    size: int,
+    eps: float,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """A program a row."""
+    columns = tl.arange(0, COLUMNS)
+    inside = columns < size
+    row = tl.program_id(0).to(tl.int64) * size + columns
+    x = tl.load(hidden + row, mask=inside, other=0.0)
+    if update is not None:
+        added = tl.load(update + row, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
+        tl.store(hidden + row, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    rounded = (wide * scale).to(x.dtype).to(tl.float32)
+    tl.store(normed + row, (gain * rounded).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _rotate_tile(
+    source: tl.tensor,
+    target: tl.tensor,
+    angles: tl.tensor,
+    gains: tl.tensor,
+    columns: tl.tensor,
+    inside: tl.tensor,
+    eps: float,
+    HEAD_DIM: tl.constexpr,
+) -> None:
+    """Normalizes, if there are gains, and rotates [tile_heads, head_dim], half beside half."""
+    half: tl.constexpr = HEAD_DIM // 2
+    first = tl.load(source, mask=inside, other=0.0)
+    dtype: tl.constexpr = first.dtype
+    first = first.to(tl.float32)
+    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    if gains is not None:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        first_gain = tl.load(gains + columns, mask=columns < half, other=0.0).to(tl.float32)
+        second_gain = tl.load(gains + half + columns, mask=columns < half, other=0.0)
+        first = (first * scale).to(dtype).to(tl.float32) * first_gain
+        second = (second * scale).to(dtype).to(tl.float32) * second_gain.to(tl.float32)
+        first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+    cos = tl.load(angles + columns, mask=columns < half, other=0.0).to(tl.float32)
+    sin = tl.load(angles + half + columns, mask=columns < half, other=0.0).to(tl.float32)
+    left = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
+    right = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
+    tl.store(target, left.to(dtype), mask=inside)
+    tl.store(target + half, right.to(dtype), mask=inside)
+
+
+@triton.jit
+def _place_heads(
+    qkv: tl.tensor,
+    angles: tl.tensor,
+    places: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    eps: float,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+) -> None:
+    """A program a token and tile of heads: tiles of queries, then of keys, then of values."""
+    half: tl.constexpr = HEAD_DIM // 2
+    num_q_tiles: tl.constexpr = (NUM_HEADS + TILE_HEADS - 1) // TILE_HEADS
+    num_kv_tiles: tl.constexpr = (NUM_KV_HEADS + TILE_HEADS - 1) // TILE_HEADS
+    token = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    columns = tl.arange(0, HALF)[None, :]
+    tile_heads = tl.arange(0, TILE_HEADS)[:, None]
+    q = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    k = q + NUM_HEADS * HEAD_DIM
+    v = k + NUM_KV_HEADS * HEAD_DIM
+    turn = angles + token * HEAD_DIM
+    if tile < num_q_tiles:
+        heads = tile * TILE_HEADS + tile_heads
+        inside = (heads < NUM_HEADS) & (columns < half)
+        cells = heads * HEAD_DIM + columns
+        out = queries + token * NUM_HEADS * HEAD_DIM + cells
+        _rotate_tile(q + cells, out, turn, q_norm, columns, inside, eps, HEAD_DIM)
+    else:
+        heads = (tile - num_q_tiles) % num_kv_tiles * TILE_HEADS + tile_heads
+        inside = (heads < NUM_KV_HEADS) & (columns < half)
+        cells = heads * HEAD_DIM + columns
+        place = tl.load(places + token) * NUM_KV_HEADS * HEAD_DIM
+        if tile < num_q_tiles + num_kv_tiles:
+            out = keys + place + cells
+            _rotate_tile(k + cells, out, turn, k_norm, columns, inside, eps, HEAD_DIM)
+        else:
+            out = values + place + cells
+            tl.store(out, tl.load(v + cells, mask=inside), mask=inside)
+            tl.store(out + half, tl.load(v + half + cells, mask=inside), mask=inside)
+
+
+@triton.jit
+def _silu_mul(gate_up: tl.tensor, product: tl.tensor, size: int, TILE: tl.constexpr) -> None:
+    """A program a row and tile of columns."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    activated = (wide / (1 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    tl.store(product + row * size + columns, (activated * up.to(tl.float32)).to(gate.dtype), inside)

@@ -1,0 +1,52 @@
+"""The operations in plain torch: the CPU's, and what kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenloom.worker.rotary import rotate
+
+
+class TorchOperations:
+    """One torch call after the other, as transformers does it."""
+
+    name = "torch"
+
+    def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
+        wide = rows.to(torch.float32)
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * (wide * scale).to(rows.dtype)
+
+    def add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds update to hidden in place, [num_rows, size] both, and returns its norm."""
+        return self.norm(hidden.add_(update), weight, eps)
+
+    def place_heads(
+        self,
+        qkv: Tensor,
+        angles: Tensor,
+        places: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        """Normalizes and rotates queries and keys, and writes keys and values to the pool."""
+        num_kv_heads, head_dim = keys.shape[-2:]
+        heads = qkv.view(len(qkv), -1, head_dim)
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if norms is not None:
+            q, k = self.norm(q, norms[0], eps), self.norm(k, norms[1], eps)
+        cos, sin = angles.unsqueeze(2).unbind(1)  # each [num_tokens, 1, head_dim / 2]
+        keys.flatten(0, 1).index_copy_(0, places, rotate(k, cos, sin))
+        values.flatten(0, 1).index_copy_(0, places, v)
+        return rotate(q, cos, sin)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Returns silu(gate) * up, [num_rows, size], for [num_rows, 2 * size] gate and up."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
