@@ -266,3 +266,34 @@ def test_server_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) ->
     arguments = ["bench", "127.0.0.1:1", "--case", "b1", "--ready-timeout-s", "0.3"]
     assert cli.main(arguments) == 1
     assert "not ready within 0.3 s" in capsys.readouterr().err
+
+
+def test_interrupt_of_a_later_load_keeps_those_that_are_whole(tmp_path: Path) -> None:
+    """The first load ends; the server is silent in the second, which an interrupt ends."""
+    file = tmp_path / "report.json"
+
+    def respond(context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+        if len(server.requests) <= 2:
+            return iter([admission(), delta(0, 9), finish(1)])
+        return one_token_and_then_silence(context)
+
+    with serving(respond) as server:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tokenloom.client", "bench", server.address),
+                *("--concurrency", "1", "2", "--requests", "2", "--processes", "1"),
+                *("--no-ignore-eos", "--json", str(file)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while len(server.requests) < 4:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "")
+    assert "2 streams kept busy (interrupted)" in out
+    points = json.loads(file.read_text())["points"]
+    assert [(each["num_done"], each["num_cut"]) for each in points] == [(2, 0), (0, 2)]

@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ValueError) as error:  # no such folder, no such format of pictures
         print(f"tokenloom bench: {error}", file=sys.stderr)
         return 1
-    if report.points[-1].interrupted:
+    if report.points[-1].interrupted or len(report.points) < len(_loads(args)):
         return 128 + signal.SIGINT
     return 0 if any(point.figures.num_done for point in report.points) else 1
 
@@ -107,9 +107,14 @@ def _measure_all(args: argparse.Namespace, server: _Server) -> Report:
     loads = _loads(args)
     num_processes = 0
     for number, load in enumerate(loads):
-        run = _run(args, server, load, number)
+        try:
+            run = _run(args, server, load, number)
+            point = _point(run, args)
+        except KeyboardInterrupt:  # the second, or between two loads: keep what is whole
+            if not points:
+                raise
+            break
         num_processes = max(num_processes, run.num_processes)
-        point = _point(run, args)
         points.append(point)
         print("\n".join(point_lines(point)), end="\n\n", file=out, flush=True)
         if point.interrupted:
