@@ -3,7 +3,7 @@
     python bench/streams.py [--streams 1 64 256 1000] [--step-ms 5] [--seconds 10]
 
 Starts a front on the pocket model's tokenizer, a core and a fake worker that
-steps every --step-ms, and loads them with client processes (stream_load.py).
+steps every --step-ms, and loads them with `tokenloom bench`.
 Prints for each number of streams a line of JSON: tokens and deltas per second
 beside the tokens wanted (what the worker's pace allows), CPU seconds of each
 process per 100,000 tokens, the core's delay (timed_core.py) and answer time
@@ -30,6 +30,7 @@ from tokenloom.scheduler.config import SchedulerConfig
 
 BENCH = Path(__file__).parent
 MODEL = BENCH.parent / "models" / "pocket"
+NUM_PROMPT_TOKENS = 16
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 
@@ -74,9 +75,11 @@ def measure(num_streams: int, options: argparse.Namespace, run_dir: Path) -> dic
         load = stack.enter_context(
             started(
                 (
-                    *(BENCH / "stream_load.py", address, "--streams", num_streams),
-                    *("--processes", options.processes, "--tokens", options.tokens),
-                    *("--seconds", options.seconds, "--warmup-s", options.seconds / 2),
+                    *("-m", "tokenloom.client", "bench", address, "--json", "-"),
+                    *("--concurrency", num_streams, "--processes", options.processes),
+                    *("--input", NUM_PROMPT_TOKENS, "--output", options.tokens),
+                    *("--temperature", 1, "--seconds", options.seconds),
+                    *("--warmup-s", options.seconds / 2),
                 ),
                 stdout=subprocess.PIPE,
             )
@@ -87,7 +90,7 @@ def measure(num_streams: int, options: argparse.Namespace, run_dir: Path) -> dic
         begin_s = time.monotonic()
         time.sleep(options.seconds * 0.6)
         end_s, after = time.monotonic(), cpu_s(processes)
-        figures: dict[str, Any] = json.loads(load.communicate()[0])
+        figures = load_figures(json.loads(load.communicate()[0]))
         for name in ("front", "core"):  # the core tells the worker
             processes[name].terminate()
             processes[name].wait(STOP_TIMEOUT_S)
@@ -107,6 +110,27 @@ def measure(num_streams: int, options: argparse.Namespace, run_dir: Path) -> dic
         | {"core_delay_ms": percentiles_ms(delays[:, 1]), "answer_ms": percentiles_ms(steps[:, 1])}
         | {"worker_waited_share": round(float(steps[:, 2].sum() / (end_s - begin_s)), 4)}
     )
+
+
+def load_figures(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the clients saw, of the JSON of `tokenloom bench`."""
+    point = report["points"][0]
+    first_token = point["ttft_ms"] or {}  # none in so short a time
+    cpu_s = point["client_cpu_s"]
+    return {
+        "streams": point["load"]["value"],
+        "processes": report["num_processes"],
+        "tokens_per_s": round(point["output_tokens_per_s"], 1),
+        "deltas_per_s": round(point["deltas_per_s"], 1),
+        "tokens_per_delta": round(point["tokens_per_delta"], 2),
+        "requests_per_s": round(point["requests_per_s"], 2),
+        "first_token_ms": {
+            name: round(first_token[name], 2) for name in ("p50", "p99") if name in first_token
+        },
+        "client_cpu_s": round(cpu_s, 2),
+        "client_cpu_s_per_100k_tokens": round(1e5 * cpu_s / point["num_output_tokens"], 2),
+        "errors": {f"{each['code']} {each['reason']}": each["count"] for each in point["errors"]},
+    }
 
 
 def started(command: Sequence[object], stdout: int | None = None) -> subprocess.Popen[bytes]:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
-from tokenloom.client.client import Client
-from tokenloom.client.errors import DeadlineExceeded, InvalidRequest, TokenloomError, Unavailable
+from tokenloom.client.client import Client, Stream
+from tokenloom.client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    TokenloomError,
+    Unavailable,
+)
 from tokenloom.client.requests import Message, Options
 
 _HELP = """\
@@ -79,27 +89,23 @@ class ChatSession:
         """Prints the answer to a line. What was read of it stays in the chat, cancelled or not."""
         text = ""
         failure: TokenloomError | None = None
-        is_cancelled = False
-        try:
-            with self._client.chat(
-                [*self._messages, Message("user", line)],
-                timeout_s=self._timeout_s,
-                **self._options,
-            ) as stream:
-                for delta in stream:
-                    text += delta.text
-                    sys.stdout.write(delta.text)
-                    sys.stdout.flush()
-        except KeyboardInterrupt:
-            is_cancelled = True
-        except TokenloomError as error:
-            failure = error
+        with self._client.chat(
+            [*self._messages, Message("user", line)], timeout_s=self._timeout_s, **self._options
+        ) as stream:
+            try:
+                with _interrupt_cancels(stream):
+                    for delta in stream:
+                        text += delta.text
+                        sys.stdout.write(delta.text)
+                        sys.stdout.flush()
+            except TokenloomError as error:
+                failure = error
         if text:
             sys.stdout.write("\n")
             sys.stdout.flush()
-        if is_cancelled:
+        if isinstance(failure, Cancelled):
             self._note("[cancelled]\n")
-        if failure is not None:
+        elif failure is not None:
             sys.stderr.write(f"tokenloom: {describe(failure, self._target)}\n")
         if text:
             self._messages += [Message("user", line), Message("assistant", text)]
@@ -111,6 +117,24 @@ class ChatSession:
         if self._is_interactive:
             sys.stderr.write(text)
             sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _interrupt_cancels(stream: Stream) -> Iterator[None]:
+    """Makes Ctrl-C cancel a stream that the main thread reads.
+
+    From a thread of its own: an exception raised wherever gRPC happens to be can leave one of
+    its locks locked, and then the next call waits for ever.
+    """
+
+    def cancel(_signal: int, _frame: FrameType | None) -> None:
+        threading.Thread(target=stream.cancel, daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def describe(error: TokenloomError, target: str) -> str:

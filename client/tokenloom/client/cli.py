@@ -1,6 +1,6 @@
 """The `tokenloom` command.
 
-`generate` and `chat` are its own. Every other command comes from a part that is
+`generate`, `chat` and `bench` are its own. Every other command comes from a part that is
 installed beside the client and names it as an entry point of the group
 `tokenloom.commands`: a callable that takes the rest of the command line and
 returns the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
@@ -38,7 +38,11 @@ _KNOWN = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    own: dict[str, Callable[[list[str]], int]] = {"generate": generate, "chat": chat}
+    own: dict[str, Callable[[list[str]], int]] = {
+        "generate": generate,
+        "chat": chat,
+        "bench": bench,
+    }
     if not arguments:
         print(_overview(), file=sys.stderr)
         return 2
@@ -116,6 +120,13 @@ def chat(argv: list[str]) -> int:
     except TokenloomError as error:
         print(f"tokenloom: {describe(error, args.target)}", file=sys.stderr)
         return 1
+
+
+def bench(argv: list[str]) -> int:
+    """`tokenloom bench`: loads a server and reports what its clients see."""
+    from tokenloom.client.bench.cli import main as run
+
+    return run(argv)
 
 
 def _print_stream(stream: Stream, *, as_json: bool) -> None:
@@ -210,6 +221,7 @@ def _overview() -> str:
         "commands:",
         "  generate   complete a prompt and print the text as it comes",
         "  chat       chat with the served model",
+        "  bench      load a server and report what its clients see",
     ]
     installed = _installed_commands()
     for name, entry in sorted(installed.items()):
@@ -225,7 +237,7 @@ def _overview() -> str:
 def _missing(name: str) -> str:
     """Returns what to do about a command that is not there."""
     if name not in _KNOWN:
-        known = ", ".join(sorted({"generate", "chat", *_KNOWN, *_installed_commands()}))
+        known = ", ".join(sorted({"generate", "chat", "bench", *_KNOWN, *_installed_commands()}))
         return f"there is no command {name!r}; there are {known}"
     part, command = _KNOWN[name]
     if importlib.util.find_spec(f"tokenloom.{part}") is not None:
