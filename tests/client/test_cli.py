@@ -194,6 +194,19 @@ class Terminal:
             self.screen += os.read(self._keyboard, 4096).decode()
         self.screen = self.screen[self.screen.index(text) + len(text) :]
 
+    def press(self, key: str, text: str) -> None:
+        """Types a key, again each second, until the text is on the screen.
+
+        Python's readline does not see a signal that comes between its prompt and its wait for
+        the keyboard until the next key.
+        """
+        for _ in range(60):
+            self.type(key)
+            ready, _, _ = select.select([self._keyboard], [], [], 1.0)
+            if ready:
+                break
+        self.wait_for(text)
+
 
 @contextmanager
 def chatting(address: str, *arguments: str) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
@@ -234,8 +247,7 @@ def test_interrupt_in_a_chat_cancels_the_answer_and_not_the_session() -> None:
         terminal.type("second\n")
         terminal.wait_for("second answer")
         terminal.wait_for("> ")
-        terminal.type("\x03")
-        terminal.wait_for("Ctrl-D leaves")
+        terminal.press("\x03", "Ctrl-D leaves")
         terminal.wait_for("> ")
         terminal.type("\x04")
         assert process.wait(60) == 0

@@ -93,7 +93,7 @@ class ChatSession:
             [*self._messages, Message("user", line)], timeout_s=self._timeout_s, **self._options
         ) as stream:
             try:
-                with _interrupt_cancels(stream):
+                with interrupt_cancels(stream):
                     for delta in stream:
                         text += delta.text
                         sys.stdout.write(delta.text)
@@ -120,7 +120,7 @@ class ChatSession:
 
 
 @contextlib.contextmanager
-def _interrupt_cancels(stream: Stream) -> Iterator[None]:
+def interrupt_cancels(stream: Stream) -> Iterator[None]:
     """Makes Ctrl-C cancel a stream that the main thread reads.
 
     From a thread of its own: an exception raised wherever gRPC happens to be can leave one of

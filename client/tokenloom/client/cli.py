@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
-from tokenloom.client.chat import ChatSession, describe
+from tokenloom.client.chat import ChatSession, describe, interrupt_cancels
 from tokenloom.client.client import Client, Stream
-from tokenloom.client.errors import TokenloomError
+from tokenloom.client.errors import Cancelled, TokenloomError
 from tokenloom.client.requests import Message, Options
 
 _GROUP = "tokenloom.commands"
@@ -82,9 +82,11 @@ def generate(argv: list[str]) -> int:
                 stream = client.chat(messages, timeout_s=args.timeout_s, **options)
             else:
                 stream = client.generate(prompt, timeout_s=args.timeout_s, **options)
-            with stream:
+            with stream, interrupt_cancels(stream):
                 _print_stream(stream, as_json=args.json)
     except TokenloomError as error:
+        if isinstance(error, Cancelled) and not error.reason:  # it was not the server
+            return 128 + signal.SIGINT
         print(f"tokenloom: {describe(error, args.target)}", file=sys.stderr)
         return 1
     except ValueError as error:
