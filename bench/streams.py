@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--processes", type=int, default=1, help="of clients")
-    parser.add_argument("--tokens", type=int, default=512, help="that a stream asks for")
+    parser.add_argument("--tokens", default="256:768", help="that a stream asks for: N or A:B")
     options = parser.parse_args()
     for num_streams in options.streams:
         with tempfile.TemporaryDirectory(prefix="loom-bench-") as run_dir:
