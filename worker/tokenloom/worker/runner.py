@@ -10,7 +10,6 @@ result is there when `launch` returns.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,50 +18,23 @@ import numpy as np
 import torch
 
 from tokenloom.wire.messages import Admit, Configure, Ready, SamplingParams, Step, StepDone
-from tokenloom.worker.attention import choose_attention
 from tokenloom.worker.batch import Batch
-from tokenloom.worker.checkpoint import fill, locate, read_config
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
-from tokenloom.worker.kernels import choose_operations
-from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
-from tokenloom.worker.model import Decoder
+from tokenloom.worker.loading import LoadedModel, find_device, load_model
 from tokenloom.worker.results import download_sampled, step_done
-from tokenloom.worker.rotary import rotary_table
 from tokenloom.worker.sampling import Sampled, Sampler
 from tokenloom.worker.slots import Limits, Slots
-from tokenloom.worker.weights import allocate_weights, destinations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from tokenloom.worker.attention import Attention
     from tokenloom.worker.options import WorkerOptions
 
-_log = logging.getLogger(__name__)
-
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 _POLL_S = 50e-6
 """How often the loop looks whether the device is done: short beside a step of milliseconds."""
 _WARM_UP_TOKENS = 4096
 """Of the long request to warm up with: long enough for kernels to share its keys out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Loaded:
-    """A model in memory; it outlives epochs."""
-
-    model: str
-    dtype_name: str
-    config: ModelConfig
-    decoder: Decoder
-    attention: Attention
-    pool: KVPool
-    weights_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +52,8 @@ class ModelRunner:
     def __init__(self, options: WorkerOptions) -> None:
         """Raises LoadError if the machine has no such device."""
         self._options = options
-        self.device = _device(options.device)
-        self._loaded: _Loaded | None = None
+        self.device = find_device(options.device)
+        self._loaded: LoadedModel | None = None
         self._epoch: _Epoch | None = None
 
     @torch.inference_mode()
@@ -96,7 +68,7 @@ class ModelRunner:
         self._epoch = None
         if not self._holds(configure):
             self._loaded = None  # before the next model is loaded: both may not fit
-            self._loaded = self._load(configure, report)
+            self._loaded = load_model(configure, self._options, self.device, report)
         loaded = self._loaded
         assert loaded is not None
         max_model_tokens = _max_model_tokens(configure, loaded.config)
@@ -133,7 +105,7 @@ class ModelRunner:
         end.record()
         return _DevicePending(step=step, sampled=sampled, start=start, end=end)
 
-    def _compute(self, step: Step, epoch: _Epoch, loaded: _Loaded) -> Sampled | None:
+    def _compute(self, step: Step, epoch: _Epoch, loaded: LoadedModel) -> Sampled | None:
         """Queues all of a step; None if nothing is sampled."""
         changes = epoch.slots.apply(step)
         epoch.sampler.admit(changes.admitted)
@@ -167,66 +139,9 @@ class ModelRunner:
             configure.dtype,
         )
 
-    def _load(self, configure: Configure, report: Callable[[str, float], None]) -> _Loaded:
-        device = self.device
-        report("finding the checkpoint", 0.0)
-        folder = locate(configure.model)
-        config = ModelConfig.parse(read_config(folder))
-        dtype = _dtype(configure.dtype, config, device)
-        attention = choose_attention(
-            self._options.attention, head_dim=config.head_dim, dtype=dtype, device=device
-        )
-        operations = choose_operations(device)
-        _log.info(
-            "%s: %s on %s in %s, attention %s, operations %s",
-            configure.model,
-            config.architecture,
-            device,
-            dtype,
-            attention.name,
-            operations.name,
-        )
-        start_s = time.perf_counter()
-        weights = allocate_weights(config, dtype=dtype, device=device)
-        places = destinations(config, weights)
-        fill(folder, places, lambda fraction: report("loading weights", fraction))
-        weights_bytes = sum(place.numel() * place.element_size() for place in places.values())
-        _log.info("%d bytes of weights in %.1f s", weights_bytes, time.perf_counter() - start_s)
-        pool = KVPool(
-            config,
-            num_bytes=pool_bytes(
-                device,
-                fixed_bytes=self._options.kv_cache_bytes,
-                memory_fraction=self._options.kv_memory_fraction,
-                scratch=scratch_bytes(
-                    config,
-                    num_rows=configure.max_num_requests,
-                    num_step_tokens=configure.max_step_tokens,
-                    dtype=dtype,
-                ),
-            ),
-            block_size=attention.block_size,
-            dtype=dtype,
-            device=device,
-        )
-        _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, attention.block_size)
-        rotary = rotary_table(
-            config.rope,
-            head_dim=config.head_dim,
-            num_positions=config.max_model_tokens,
-            device=device,
-        )
-        return _Loaded(
-            model=configure.model,
-            dtype_name=configure.dtype,
-            config=config,
-            decoder=Decoder(config, weights, rotary, operations),
-            attention=attention,
-            pool=pool,
-            weights_bytes=weights_bytes,
-        )
-
-    def _start_epoch(self, configure: Configure, loaded: _Loaded, max_model_tokens: int) -> _Epoch:
+    def _start_epoch(
+        self, configure: Configure, loaded: LoadedModel, max_model_tokens: int
+    ) -> _Epoch:
         block_size = loaded.attention.block_size
         limits = Limits(
             num_slots=configure.max_num_requests,
@@ -310,42 +225,6 @@ class _DevicePending:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise LoadError(f"{name!r} is no device") from error
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise LoadError(
-            f"device {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices"
-        )
-    device = torch.device("cuda", device.index or 0)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Returns the type of weights, KV pool and arithmetic.
-
-    `auto` is the checkpoint's own on CUDA, and float32 on a CPU whatever the
-    checkpoint says: CPUs without bfloat16 units emulate it slowly, and float32
-    keeps batched and single results within rounding that flips no token.
-    """
-    if name != "auto":
-        own = name
-    elif device.type == "cuda":
-        own = config.dtype or "float32"
-    else:
-        own = "float32"
-    if own not in DTYPES:
-        raise LoadError(f"dtype {own} is not supported; supported are {', '.join(DTYPES)}")
-    return DTYPES[own]
 
 
 def _max_model_tokens(configure: Configure, config: ModelConfig) -> int:

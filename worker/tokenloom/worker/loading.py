@@ -1,0 +1,153 @@
+"""From a Configure to a model in memory: weights, KV pool, kernels.
+
+locate ─▶ config.json ─▶ attention, operations ─▶ weights ─▶ KV pool from what is left
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tokenloom.worker.attention import choose_attention
+from tokenloom.worker.checkpoint import fill, locate, read_config
+from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.errors import LoadError
+from tokenloom.worker.kernels import choose_operations
+from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
+from tokenloom.worker.model import Decoder
+from tokenloom.worker.rotary import rotary_table
+from tokenloom.worker.weights import allocate_weights, destinations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokenloom.wire.messages import Configure
+    from tokenloom.worker.attention import Attention
+    from tokenloom.worker.options import WorkerOptions
+
+_log = logging.getLogger(__name__)
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in memory; it outlives epochs."""
+
+    model: str
+    dtype_name: str
+    config: ModelConfig
+    decoder: Decoder
+    attention: Attention
+    pool: KVPool
+    weights_bytes: int
+
+
+def load_model(
+    configure: Configure,
+    options: WorkerOptions,
+    device: torch.device,
+    report: Callable[[str, float], None],
+) -> LoadedModel:
+    """Loads what `configure` names. `report` takes a phase and a fraction. Raises LoadError."""
+    report("finding the checkpoint", 0.0)
+    folder = locate(configure.model)
+    config = ModelConfig.parse(read_config(folder))
+    dtype = _dtype(configure.dtype, config, device)
+    attention = choose_attention(
+        options.attention, head_dim=config.head_dim, dtype=dtype, device=device
+    )
+    operations = choose_operations(device)
+    _log.info(
+        "%s: %s on %s in %s, attention %s, operations %s",
+        configure.model,
+        config.architecture,
+        device,
+        dtype,
+        attention.name,
+        operations.name,
+    )
+    start_s = time.perf_counter()
+    weights = allocate_weights(config, dtype=dtype, device=device)
+    places = destinations(config, weights)
+    fill(folder, places, lambda fraction: report("loading weights", fraction))
+    weights_bytes = sum(place.numel() * place.element_size() for place in places.values())
+    _log.info("%d bytes of weights in %.1f s", weights_bytes, time.perf_counter() - start_s)
+    pool = KVPool(
+        config,
+        num_bytes=pool_bytes(
+            device,
+            fixed_bytes=options.kv_cache_bytes,
+            memory_fraction=options.kv_memory_fraction,
+            scratch=scratch_bytes(
+                config,
+                num_rows=configure.max_num_requests,
+                num_step_tokens=configure.max_step_tokens,
+                dtype=dtype,
+            ),
+        ),
+        block_size=attention.block_size,
+        dtype=dtype,
+        device=device,
+    )
+    _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, attention.block_size)
+    rotary = rotary_table(
+        config.rope,
+        head_dim=config.head_dim,
+        num_positions=config.max_model_tokens,
+        device=device,
+    )
+    return LoadedModel(
+        model=configure.model,
+        dtype_name=configure.dtype,
+        config=config,
+        decoder=Decoder(config, weights, rotary, operations),
+        attention=attention,
+        pool=pool,
+        weights_bytes=weights_bytes,
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """Returns the device that `cpu`, `cuda:1` or `auto` means. Raises LoadError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LoadError(f"{name!r} is no device") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        raise LoadError(
+            f"device {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Returns the type of weights, KV pool and arithmetic.
+
+    `auto` is the checkpoint's own on CUDA, and float32 on a CPU whatever the
+    checkpoint says: CPUs without bfloat16 units emulate it slowly, and float32
+    keeps batched and single results within rounding that flips no token.
+    """
+    if name != "auto":
+        own = name
+    elif device.type == "cuda":
+        own = config.dtype or "float32"
+    else:
+        own = "float32"
+    if own not in DTYPES:
+        raise LoadError(f"dtype {own} is not supported; supported are {', '.join(DTYPES)}")
+    return DTYPES[own]
