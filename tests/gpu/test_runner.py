@@ -26,30 +26,34 @@ ANSWERED = ("addition2", "subtraction2", "sorting", "copying", "reversing", "loo
 
 @dataclass
 class Machine:
-    """A runner on a device, driven step by step, with the logits of every step kept."""
+    """A runner on a device, driven step by step; the logits of steps without a graph are kept."""
 
     folder: Path
     device: str
     dtype: str
     attention: str = "auto"
+    graphs: bool = True
     logits: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         options = WorkerOptions(
-            device=self.device, attention=self.attention, kv_cache_bytes=256 * 1024 * 1024
+            device=self.device,
+            attention=self.attention,
+            graphs=self.graphs,
+            kv_cache_bytes=256 * 1024 * 1024,
         )
         self.runner = ModelRunner(options)
         configure = configuration(str(self.folder), dtype=self.dtype, max_step_tokens=8192)
         self.ready = self.runner.configure(configure, lambda *_: None)
-        epoch = self.runner._epoch
-        assert epoch is not None
-        sample = epoch.sampler.sample
+        rows = self.runner._rows
+        assert rows is not None
+        sample = rows.sampler.sample
 
         def spy(logits: Tensor, *args: object) -> object:
             self.logits.append(logits.double().cpu())
             return sample(logits, *args)  # type: ignore[arg-type]
 
-        epoch.sampler.sample = spy  # type: ignore[method-assign, assignment]
+        rows.sampler.sample = spy  # type: ignore[method-assign, assignment]
         self.driver = Driver(self.step, self.ready)
 
     def step(self, step: Step) -> StepDone:
@@ -83,9 +87,51 @@ def test_bfloat16_logits_on_cuda_are_near_the_cpus(
     tokens = random_prompt(200)
     exact = Machine(tmp_path, "cpu", "float32").logits_along(tokens)
     rounded = Machine(tmp_path, "cpu", "bfloat16").logits_along(tokens)
-    logits = Machine(tmp_path, "cuda", "bfloat16", attention).logits_along(tokens)
+    logits = Machine(tmp_path, "cuda", "bfloat16", attention, graphs=False).logits_along(tokens)
     # As far from float32 as bfloat16 itself is, on a model that amplifies every rounding.
     assert float((logits - exact).norm()) < 1.3 * float((rounded - exact).norm())
+
+
+@pytest.mark.parametrize("num_requests", [1, 5, 64])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_captured_steps_give_the_tokens_of_steps_without_a_graph(
+    tmp_path: Path, name: str, num_requests: int
+) -> None:
+    make_checkpoint(tmp_path, name)
+    prompts = [random_prompt(1 + 5 * row % 90) for row in range(num_requests)]
+    lengths = [3 + 7 * row % 40 for row in range(num_requests)]
+    params = [
+        sampling(
+            temperature=row % 4 / 2,
+            top_k=row % 3 * 20,
+            top_p=1 - row % 5 / 20,
+            seed=row,
+            presence_penalty=row % 7 / 6 if row % 7 > 4 else 0,
+            num_top_logprobs=2 if row % 11 == 10 else None,
+        )
+        for row in range(num_requests)
+    ]
+
+    def run(*, graphs: bool) -> list[list[int]]:
+        machine = Machine(tmp_path, "cuda", "float32", graphs=graphs)
+        assert machine.runner._rows is not None
+        assert (machine.runner._rows.graphs is not None) == graphs
+        return machine.driver.generate(prompts, lengths, params)
+
+    assert run(graphs=True) == run(graphs=False)
+
+
+def test_a_new_epoch_keeps_the_graphs_and_forgets_the_requests(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama")
+    machine = Machine(tmp_path, "cuda", "float32")
+    prompts = [random_prompt(length) for length in (30, 3, 50)]
+    machine.driver.generate([random_prompt(60)] * 5, 9)
+    rows = machine.runner._rows
+    configure = configuration(str(tmp_path), dtype="float32", max_step_tokens=8192, epoch=2)
+    ready = machine.runner.configure(configure, lambda *_: None)
+    assert machine.runner._rows is rows
+    driver = Driver(machine.step, ready)
+    assert driver.generate(prompts, 12) == [generate(model, prompt, 12) for prompt in prompts]
 
 
 def test_the_next_step_is_launched_while_the_last_one_runs(tmp_path: Path) -> None:

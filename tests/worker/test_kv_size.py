@@ -14,6 +14,7 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.kv import pool_bytes, scratch_bytes
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
+from tokenloom.worker.warmup import warm_up_steps
 
 CONFIG = ModelConfig.parse(
     {
@@ -63,4 +64,6 @@ def test_warming_up_keeps_to_the_smallest_limits(
         max_model_tokens=max_model_tokens,
     )
     runner.configure(configure, lambda *_: None)
-    runner._warm_up(configure.epoch)  # raises if it goes past one
+    assert runner._rows is not None
+    for step in warm_up_steps(configure.epoch, runner._rows.limits):
+        runner.launch(step)  # raises if it goes past one

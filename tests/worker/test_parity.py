@@ -158,15 +158,15 @@ def test_logits_are_those_of_transformers(subject: Subject) -> None:
     prompt = subject.prompts[-1]
     slot = driver.add(prompt)
     captured: list[torch.Tensor] = []
-    epoch = subject.runner._epoch
-    assert epoch is not None
-    sample = epoch.sampler.sample
+    rows = subject.runner._rows
+    assert rows is not None
+    sample = rows.sampler.sample
 
     def spy(logits: torch.Tensor, *args: object) -> object:
         captured.append(logits.clone())
         return sample(logits, *args)  # type: ignore[arg-type]
 
-    epoch.sampler.sample = spy  # type: ignore[method-assign, assignment]
+    rows.sampler.sample = spy  # type: ignore[method-assign, assignment]
     driver.run({slot: 1}, chunk=32)
     with torch.inference_mode():
         expected = subject.model(torch.tensor([prompt])).logits[0, -1]

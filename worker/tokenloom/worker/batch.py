@@ -4,9 +4,13 @@ A step brings changes alone. They travel as one packed copy and are put in place
 by index; what the model needs is then gathered on the device, where the tokens
 are that the step before sampled and the host has not seen yet.
 
-    slot      tokens [num_slots, max_tokens]     tables [num_slots, max_slot_blocks]
-    3         t0 t1 t2 t3 | t4 ·                 7 2 · ·
+    slot      tokens [num_slots + 1, max_tokens]   ends   tables [num_slots + 1, max_slot_blocks]
+    3         t0 t1 t2 t3 | t4 ·                   4      7 2 · ·
                             └ appended by `append`, read by the next step
+    idle      0 0 · · · ·                          0      spare spare · ·
+
+The row behind the slots is nobody's: it fills a captured decode step up to its
+size. It computes position 0 of the pool's spare block again and again.
 """
 
 from __future__ import annotations
@@ -57,18 +61,38 @@ class StepInputs:
     rows: SampleRows
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeInputs:
+    """A step of one token a row, known to the device alone."""
+
+    tokens: Tensor
+    """int32 [num_rows] each slot's last token"""
+    positions: Tensor
+    """int64 [num_rows] its position"""
+    spans: Spans
+
+
 class Batch:
     """The device's side of all slots. `Slots` has checked what comes here."""
 
     def __init__(self, limits: Limits, device: torch.device) -> None:
         self._block_size = limits.block_size
         self._device = device
+        self.idle_slot = limits.num_slots
+        """The row that is nobody's."""
+        num_rows = limits.num_slots + 1
         self.tokens = torch.zeros(
-            (limits.num_slots, limits.max_model_tokens), dtype=torch.int32, device=device
+            (num_rows, max(2, limits.max_model_tokens)), dtype=torch.int32, device=device
         )
+        self._ends = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        """[num_slots + 1] tokens computed: the position that a decode computes next"""
         self._tables = torch.zeros(
-            (limits.num_slots, limits.max_slot_blocks), dtype=torch.int32, device=device
+            (num_rows, limits.max_slot_blocks), dtype=torch.int32, device=device
         )
+        self._tables[self.idle_slot] = limits.num_blocks  # the pool's spare block
+        self._offsets = torch.arange(num_rows, dtype=torch.int32, device=device)
+        self._longest = np.full(limits.num_slots, limits.max_model_tokens - 1, dtype=np.int32)
+        self._ones = np.ones(limits.num_slots, dtype=np.int32)
         self._num_cached = np.zeros(limits.num_slots, dtype=np.int32)
         """[num_slots] positions that lay in cached blocks when the slot was admitted"""
 
@@ -86,17 +110,22 @@ class Batch:
         slots = np.array([admitted.slot for admitted in changes.admitted], dtype=np.int32)
         self._num_cached[slots] = [admitted.num_computed for admitted in changes.admitted]
         first_fresh = -(-self._num_cached[changes.block_slots] // self._block_size)
-        rows, columns, tokens, block_slots, block_indices, block_ids, fresh = upload(
+        on_device = upload(
             self._device,
             np.repeat(slots, lengths),
             np.concatenate([none, *(np.arange(length, dtype=np.int32) for length in lengths)]),
             np.concatenate([none, *(admitted.tokens for admitted in changes.admitted)]),
+            slots,
+            self._num_cached[slots],
             changes.block_slots,
             changes.block_indices,
             changes.block_ids,
             changes.block_ids[changes.block_indices >= first_fresh],
         )
+        rows, columns, tokens, admitted, ends = on_device[:5]
+        block_slots, block_indices, block_ids, fresh = on_device[5:]
         self.tokens[rows.long(), columns.long()] = tokens
+        self._ends[admitted.long()] = ends.long()
         self._tables[block_slots.long(), block_indices.long()] = block_ids
         return fresh.long() if len(fresh) else None
 
@@ -122,7 +151,8 @@ class Batch:
         )
         token_slots, positions, device_offsets, kv_lengths = on_device[:4]
         span_slots, last_tokens, row_slots, row_ends = on_device[4:]
-        rows, columns = token_slots.long(), positions.long()
+        rows, columns, owners = token_slots.long(), positions.long(), span_slots.long()
+        self._ends[owners] = kv_lengths.long()
         blocks = self._tables[rows, columns // self._block_size].long()
         max_blocks = -(-int(ends.max()) // self._block_size)
         return StepInputs(
@@ -131,7 +161,7 @@ class Batch:
             spans=Spans(
                 offsets=device_offsets,
                 kv_lengths=kv_lengths,
-                block_tables=self._tables[span_slots.long(), :max_blocks],
+                block_tables=self._tables[owners, :max_blocks],
                 places=blocks * self._block_size + columns % self._block_size,
                 host_starts=starts,
                 host_lengths=lengths,
@@ -145,6 +175,37 @@ class Batch:
             ),
         )
 
-    def append(self, rows: SampleRows, tokens: Tensor) -> None:
+    def ends(self, slots: Tensor) -> Tensor:
+        """Returns int64 [num_rows]: how many tokens of int64 [num_rows] slots are computed."""
+        return self._ends[slots]
+
+    def append(self, slots: Tensor, ends: Tensor, tokens: Tensor) -> None:
         """Writes int32 [num_rows] sampled tokens behind their slots' last ones."""
-        self.tokens[rows.slots, rows.ends] = tokens
+        self.tokens[slots, ends] = tokens
+
+    def decode_inputs(self, slots: Tensor) -> DecodeInputs:
+        """Returns what computes the next token of int64 [num_rows] slots; nothing is copied.
+
+        It may be captured: the shapes are those of the largest requests.
+        """
+        num_rows, block_size = len(slots), self._block_size
+        positions = self._ends[slots]
+        tables = self._tables[slots]  # [num_rows, max_slot_blocks]
+        blocks = tables.gather(1, (positions // block_size)[:, None]).squeeze(1)
+        return DecodeInputs(
+            tokens=self.tokens[slots, positions],
+            positions=positions,
+            spans=Spans(
+                offsets=self._offsets[: num_rows + 1],
+                kv_lengths=(positions + 1).int(),
+                block_tables=tables,
+                places=blocks.long() * block_size + positions % block_size,
+                host_starts=self._longest[:num_rows],
+                host_lengths=self._ones[:num_rows],
+            ),
+        )
+
+    def advance(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Appends the tokens that a decode drew and moves its slots on; the idle row stays."""
+        self.append(slots, positions + 1, tokens)
+        self._ends[slots] = positions + (slots < self.idle_slot)

@@ -59,7 +59,8 @@ class KVPool:
     """The blocks of all layers. Every block is zero until a request writes to it.
 
     Kernels read whole blocks and mask what a request has not written; a NaN left
-    there by another request would survive the mask.
+    there by another request would survive the mask. Behind the `num_blocks` that
+    requests share lies a spare one, where rows write that are nobody's.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocates as many blocks as fit in `num_bytes`. Raises PoolError below 2."""
+        """Allocates the blocks that fit in `num_bytes`, and the spare. Raises PoolError below 2."""
         one = block_bytes(config, block_size, dtype)
         self.num_blocks = num_bytes // one
         if self.num_blocks < 2:
@@ -82,7 +83,7 @@ class KVPool:
         self.num_bytes = self.num_blocks * one
         shape = (
             config.num_layers,
-            self.num_blocks,
+            self.num_blocks + 1,
             block_size,
             config.num_kv_heads,
             config.head_dim,

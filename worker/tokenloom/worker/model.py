@@ -29,34 +29,41 @@ class Decoder:
         self._config = config
         self._operations = operations
         self._weights = weights
-        self._rotary = rotary
+        self._rotary = rotary.to(weights.embedding.dtype)
+
+    @property
+    def embedding(self) -> Tensor:
+        """Rows of the tokens, [vocab_size, hidden_size]."""
+        return self._weights.embedding
 
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor,
-        rows: Tensor,
+        rows: Tensor | None = None,
         *,
         spans: Spans,
         pages: Pages,
         attention: Attention,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Computes a step: stores its keys and values, returns logits where it samples.
 
         Args:
             tokens: [num_tokens] ids, span after span.
             positions: [num_tokens] places in their requests.
-            rows: [num_rows] tokens whose successors are wanted.
+            rows: [num_rows] tokens whose successors are wanted; None: all of them.
             spans: Which tokens belong together, and their block tables.
             pages: The KV pool.
             attention: The backend that reads and writes it.
+            out: Where the logits go, if that matters.
 
         Returns:
-            float32 [num_rows, vocab_size]
+            [num_rows, vocab_size] logits in the model's type.
         """
         eps, ops = self._config.rms_norm_eps, self._operations
         hidden = functional.embedding(tokens, self._weights.embedding)  # [num_tokens, hidden_size]
-        angles = self._rotary[positions].to(hidden.dtype)  # [num_tokens, 2, head_dim / 2]
+        angles = self._rotary[positions]  # [num_tokens, 2, head_dim / 2]
         update: Tensor | None = None  # what a layer adds to hidden, with the next one's norm
         for index, layer in enumerate(self._weights.layers):
             if update is None:
@@ -73,5 +80,7 @@ class Decoder:
             normed = ops.add_norm(hidden, layer.output(mixed.flatten(1)), layer.mlp_norm, eps)
             update = layer.down(ops.silu_mul(layer.gate_up(normed)))
         assert update is not None
-        last = ops.add_norm(hidden[rows], update[rows], self._weights.final_norm, eps)
-        return self._weights.head(last).float()
+        if rows is not None:
+            hidden, update = hidden[rows], update[rows]
+        last = ops.add_norm(hidden, update, self._weights.final_norm, eps)
+        return self._weights.head(last, out)

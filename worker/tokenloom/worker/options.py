@@ -20,6 +20,8 @@ class WorkerOptions:
     """`cpu`, `cuda`, `cuda:1` …; `auto` is the first GPU, without one the CPU."""
     attention: str = "auto"
     """One of ATTENTION_NAMES."""
+    graphs: bool = True
+    """Whether decode steps are captured as CUDA graphs."""
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None: by `kv_memory_fraction` on CUDA, CPU_KV_CACHE on a CPU."""
     kv_memory_fraction: float = 0.92

@@ -11,39 +11,43 @@ result is there when `launch` returns.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from tokenloom.wire.messages import Admit, Configure, Ready, SamplingParams, Step, StepDone
-from tokenloom.worker.batch import Batch
+from tokenloom.wire.messages import Configure, Ready, Step, StepDone
+from tokenloom.worker.batch import Batch, SampleRows
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
+from tokenloom.worker.graphs import DecodeGraphs
 from tokenloom.worker.loading import LoadedModel, find_device, load_model
 from tokenloom.worker.results import download_sampled, step_done
 from tokenloom.worker.sampling import Sampled, Sampler
-from tokenloom.worker.slots import Limits, Slots
+from tokenloom.worker.slots import Changes, Limits, Slots
+from tokenloom.worker.timing import StepClock
+from tokenloom.worker.warmup import warm_up_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
+
+    from torch import Tensor
 
     from tokenloom.worker.options import WorkerOptions
 
 _POLL_S = 50e-6
 """How often the loop looks whether the device is done: short beside a step of milliseconds."""
-_WARM_UP_TOKENS = 4096
-"""Of the long request to warm up with: long enough for kernels to share its keys out."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Epoch:
-    """The state of the requests; a Configure starts it anew."""
+class _Rows:
+    """What holds the requests on the device; it outlives epochs of the same limits."""
 
-    slots: Slots
+    limits: Limits
     batch: Batch
     sampler: Sampler
+    graphs: DecodeGraphs | None
+    """None where steps are not captured."""
 
 
 class ModelRunner:
@@ -53,8 +57,10 @@ class ModelRunner:
         """Raises LoadError if the machine has no such device."""
         self._options = options
         self.device = find_device(options.device)
+        self._clock = StepClock()
         self._loaded: LoadedModel | None = None
-        self._epoch: _Epoch | None = None
+        self._rows: _Rows | None = None
+        self._slots: Slots | None = None
 
     @torch.inference_mode()
     def configure(self, configure: Configure, report: Callable[[str, float], None]) -> Ready:
@@ -65,25 +71,24 @@ class ModelRunner:
         """
         if configure.world_size != 1:
             raise LoadError(f"world_size is {configure.world_size}; a worker serves alone")
-        self._epoch = None
+        self._slots = None
         if not self._holds(configure):
-            self._loaded = None  # before the next model is loaded: both may not fit
+            self._rows = self._loaded = None  # before the next model is loaded: both may not fit
             self._loaded = load_model(configure, self._options, self.device, report)
         loaded = self._loaded
         assert loaded is not None
-        max_model_tokens = _max_model_tokens(configure, loaded.config)
-        self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
-        if self.device.type == "cuda":
-            report("warming up", 0.0)
-            self._warm_up(configure.epoch)
-            self._epoch = self._start_epoch(configure, loaded, max_model_tokens)
-            report("warming up", 1.0)
+        limits = _limits(configure, loaded)
+        if self._rows is None or self._rows.limits != limits:
+            self._rows = None
+            self._rows = self._prepare(configure.epoch, limits, loaded, report)
+        self._slots = Slots(limits)
+        self._clock = StepClock()
         return Ready(
             epoch=configure.epoch,
             num_blocks=loaded.pool.num_blocks,
             block_size=loaded.attention.block_size,
             vocab_size=loaded.config.vocab_size,
-            max_model_tokens=max_model_tokens,
+            max_model_tokens=_max_model_tokens(configure, loaded.config),
             weights_bytes=loaded.weights_bytes,
             kv_bytes=loaded.pool.num_bytes,
         )
@@ -91,30 +96,36 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: Step) -> _HostPending | _DevicePending:
         """Starts a step. Raises ProtocolError if it contradicts those before it."""
-        if self._epoch is None or self._loaded is None:
+        if self._slots is None:
             raise ProtocolError(f"step {step.step_id} came before Configure")
+        changes = self._slots.apply(step)
         if self.device.type != "cuda":
             start_s = time.perf_counter()
-            sampled = self._compute(step, self._epoch, self._loaded)
+            sampled = self._compute(changes)
             seconds = time.perf_counter() - start_s
             return _HostPending(done=step_done(step, sampled, seconds))
         start, end = _event(), _event()
         start.record()
-        sampled = self._compute(step, self._epoch, self._loaded)
+        sampled = self._compute(changes)
         sampled = None if sampled is None else download_sampled(sampled)
         end.record()
-        return _DevicePending(step=step, sampled=sampled, start=start, end=end)
+        return _DevicePending(step=step, sampled=sampled, start=start, end=end, clock=self._clock)
 
-    def _compute(self, step: Step, epoch: _Epoch, loaded: LoadedModel) -> Sampled | None:
+    def _compute(self, changes: Changes) -> Sampled | None:
         """Queues all of a step; None if nothing is sampled."""
-        changes = epoch.slots.apply(step)
-        epoch.sampler.admit(changes.admitted)
-        fresh_blocks = epoch.batch.apply(changes)
+        loaded, rows = self._loaded, self._rows
+        assert loaded is not None
+        assert rows is not None
+        rows.sampler.admit(changes.admitted)
+        fresh_blocks = rows.batch.apply(changes)
         if fresh_blocks is not None:
             loaded.pool.clear(fresh_blocks)
         if not len(changes.span_slots):
             return None
-        inputs = epoch.batch.inputs(changes)
+        if rows.graphs is not None and changes.only_decodes:
+            return self._replay(changes, rows, rows.graphs)
+        inputs = rows.batch.inputs(changes)
+        sample_rows = inputs.rows
         logits = loaded.decoder.forward(
             inputs.tokens,
             inputs.positions,
@@ -123,13 +134,53 @@ class ModelRunner:
             pages=loaded.pool.pages,
             attention=loaded.attention,
         )
-        if not len(inputs.rows.host_slots):
+        if not len(sample_rows.host_slots):
             return None
-        sampled = epoch.sampler.sample(
-            logits, inputs.rows, epoch.batch.tokens, epoch.slots.num_prompt_tokens
+        return self._sample(logits, sample_rows, rows)
+
+    def _replay(self, changes: Changes, rows: _Rows, graphs: DecodeGraphs) -> Sampled:
+        """Queues a captured step, and draws again what the graph cannot."""
+        host_slots = changes.span_slots
+        slots, logits, drawn = graphs.replay(host_slots)
+        host_ends = changes.span_starts + 1
+        if rows.sampler.draws_plainly(host_slots, host_ends):
+            return Sampled(tokens=drawn.tokens, faulty=drawn.faulty, logprobs=None)
+        sample_rows = SampleRows(
+            slots=slots, ends=rows.batch.ends(slots), host_slots=host_slots, host_ends=host_ends
         )
-        epoch.batch.append(inputs.rows, sampled.tokens)
+        return self._sample(logits, sample_rows, rows)
+
+    def _sample(self, logits: Tensor, sample_rows: SampleRows, rows: _Rows) -> Sampled:
+        assert self._slots is not None
+        sampled = rows.sampler.sample(
+            logits, sample_rows, rows.batch.tokens, self._slots.num_prompt_tokens
+        )
+        rows.batch.append(sample_rows.slots, sample_rows.ends, sampled.tokens)
         return sampled
+
+    def _prepare(
+        self,
+        epoch: int,
+        limits: Limits,
+        loaded: LoadedModel,
+        report: Callable[[str, float], None],
+    ) -> _Rows:
+        """Returns empty rows; on CUDA, kernels are compiled and decode steps captured."""
+        batch = Batch(limits, self.device)
+        sampler = Sampler(limits.num_slots, limits.vocab_size, self.device)
+        rows = _Rows(limits=limits, batch=batch, sampler=sampler, graphs=None)
+        if self.device.type != "cuda":
+            return rows
+        report("warming up", 0.0)
+        self._rows, self._slots = rows, Slots(limits)
+        for step in warm_up_steps(epoch, limits):
+            self.launch(step).result()
+        report("warming up", 1.0)
+        if not (self._options.graphs and loaded.attention.capturable):
+            return rows
+        graphs = DecodeGraphs(loaded, batch, sampler, limits.num_slots)
+        graphs.capture(lambda fraction: report("capturing graphs", fraction))
+        return replace(rows, graphs=graphs)
 
     def _holds(self, configure: Configure) -> bool:
         """Returns whether the model asked for is in memory already."""
@@ -138,61 +189,6 @@ class ModelRunner:
             configure.model,
             configure.dtype,
         )
-
-    def _start_epoch(
-        self, configure: Configure, loaded: LoadedModel, max_model_tokens: int
-    ) -> _Epoch:
-        block_size = loaded.attention.block_size
-        limits = Limits(
-            num_slots=configure.max_num_requests,
-            num_blocks=loaded.pool.num_blocks,
-            block_size=block_size,
-            vocab_size=loaded.config.vocab_size,
-            # A request that fills the whole pool may still sample one token more.
-            max_model_tokens=min(max_model_tokens, loaded.pool.num_blocks * block_size + 1),
-            max_step_tokens=configure.max_step_tokens,
-        )
-        device = self.device
-        return _Epoch(
-            slots=Slots(limits),
-            batch=Batch(limits, device),
-            sampler=Sampler(limits.num_slots, limits.vocab_size, device),
-        )
-
-    def _warm_up(self, epoch: int) -> None:
-        """Runs steps of one short and one long request, so that none waits for kernels to compile.
-
-        Kernels that share a request's keys out compile for long ones alone.
-        """
-        assert self._epoch is not None
-        limits = self._epoch.slots.limits
-        room = min(limits.max_model_tokens, limits.num_blocks * limits.block_size)
-        longest = max(1, room - 2)  # two tokens are sampled behind the prompt, if there is room
-        num_new = min(32, limits.max_step_tokens)
-        step_id = 0
-        for num_tokens in (min(num_new, longest), min(_WARM_UP_TOKENS, longest)):
-            num_blocks = num_tokens // limits.block_size + 1
-            num_computed = max(0, num_tokens - num_new)  # as if they lay in cached blocks
-            admit = _warm_up_admit(num_tokens, num_computed)
-            released = b"" if step_id == 0 else _int32([0])
-            spans = [(num_computed, num_tokens - num_computed), (num_tokens, 1)]
-            for start, length in spans[: room - num_tokens]:
-                admitted = start == num_computed
-                step = Step(
-                    epoch=epoch,
-                    step_id=step_id,
-                    released=released if admitted else b"",
-                    admitted=(admit,) if admitted else (),
-                    block_slots=_int32([0] * num_blocks) if admitted else b"",
-                    block_indices=_int32(range(num_blocks)) if admitted else b"",
-                    block_ids=_int32(range(num_blocks)) if admitted else b"",
-                    span_slots=_int32([0]),
-                    span_starts=_int32([start]),
-                    span_lengths=_int32([length]),
-                    span_samples=b"\1",
-                )
-                self.launch(step).result()
-                step_id += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +209,7 @@ class _DevicePending:
     """On the host, once `end` is reached."""
     start: torch.cuda.Event
     end: torch.cuda.Event
+    clock: StepClock
 
     def remaining_s(self) -> float:
         done: bool = self.end.query()  # type: ignore[no-untyped-call]
@@ -220,11 +217,26 @@ class _DevicePending:
 
     def result(self) -> StepDone:
         self.end.synchronize()
-        return step_done(self.step, self.sampled, self.start.elapsed_time(self.end) / 1000)
+        return step_done(self.step, self.sampled, self.clock.add(self.start, self.end))
 
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _limits(configure: Configure, loaded: LoadedModel) -> Limits:
+    num_blocks, block_size = loaded.pool.num_blocks, loaded.attention.block_size
+    return Limits(
+        num_slots=configure.max_num_requests,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        vocab_size=loaded.config.vocab_size,
+        # A request that fills the whole pool may still sample one token more.
+        max_model_tokens=min(
+            _max_model_tokens(configure, loaded.config), num_blocks * block_size + 1
+        ),
+        max_step_tokens=configure.max_step_tokens,
+    )
 
 
 def _max_model_tokens(configure: Configure, config: ModelConfig) -> int:
@@ -236,33 +248,3 @@ def _max_model_tokens(configure: Configure, config: ModelConfig) -> int:
             f"max_model_tokens is {wanted}; the checkpoint is made for {config.max_model_tokens}"
         )
     return wanted
-
-
-def _warm_up_admit(num_tokens: int, num_computed: int) -> Admit:
-    """Returns a request of zeros for slot 0."""
-    sampling = SamplingParams(
-        temperature=1.0,
-        top_p=0.9,
-        top_k=0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        seed=0,
-        min_tokens=0,
-        stop_token_ids=(),
-        logit_bias=(),
-        num_top_logprobs=None,
-    )
-    return Admit(
-        slot=0,
-        tokens=bytes(4 * num_tokens),
-        num_prompt_tokens=num_tokens,
-        num_computed=num_computed,
-        sampling=sampling,
-    )
-
-
-def _int32(numbers: Iterable[int]) -> bytes:
-    """Returns a column of a Step."""
-    return np.fromiter(numbers, dtype="<i4").tobytes()

@@ -60,6 +60,20 @@ class Logprobs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What was drawn for the rows of a step, on the device."""
+
+    tokens: Tensor
+    """int32 [num_rows]"""
+    faulty: Tensor
+    """bool [num_rows] the logits were not finite; the token is 0"""
+
+    def first(self, num_rows: int) -> Drawn:
+        """Returns the first rows."""
+        return Drawn(tokens=self.tokens[:num_rows], faulty=self.faulty[:num_rows])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampled:
     """What came of a step's rows, on the device."""
 
@@ -131,11 +145,12 @@ class Sampler:
         """Draws a token for each row.
 
         Args:
-            logits: float32 [num_rows, vocab_size]; changed in place.
+            logits: [num_rows, vocab_size] in any float type.
             rows: Their slots and the positions of the tokens to be drawn.
             tokens: int32 [num_slots, max_tokens], each slot's tokens so far.
             num_prompt_tokens: [num_slots]
         """
+        logits = logits.float()
         faulty = ~logits.isfinite().all(dim=-1)
         slots = rows.host_slots
         penalized = np.flatnonzero(self._is_penalized[slots])
@@ -158,6 +173,22 @@ class Sampler:
         return Sampled(
             tokens=drawn.int(), faulty=faulty, logprobs=self._logprobs(logits, drawn, slots)
         )
+
+    def draws_plainly(self, slots: Int32Array, ends: Int32Array) -> bool:
+        """Returns whether `draw` does all that rows at these positions ask for."""
+        return not (
+            self._is_random[slots].any()
+            or self._is_penalized[slots].any()
+            or self._is_biased[slots].any()
+            or self._wants_logprobs[slots].any()
+            or (ends < self._min_length[slots]).any()
+        )
+
+    @staticmethod
+    def draw(logits: Tensor) -> Drawn:
+        """Takes the likeliest token of each row of [num_rows, vocab_size] logits."""
+        faulty = ~logits.isfinite().all(dim=-1)
+        return Drawn(tokens=logits.argmax(dim=-1).masked_fill(faulty, 0).int(), faulty=faulty)
 
     def _check(self, params: SamplingParams, slot: int) -> None:
         for token, _ in params.logit_bias:

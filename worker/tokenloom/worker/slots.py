@@ -83,6 +83,11 @@ class Changes:
         """Tokens that the step computes."""
         return int(self.span_lengths.sum())
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every span is the last token of its slot."""
+        return bool(self.span_samples.all()) and self.num_tokens == len(self.span_slots)
+
 
 class Slots:
     """What the host knows of every slot.

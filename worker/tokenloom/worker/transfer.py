@@ -17,18 +17,21 @@ Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 def upload(device: torch.device, *columns: Column) -> tuple[Tensor, ...]:
     """Returns int32 and float32 arrays as tensors of a device, sent as one packed copy.
 
-    The host side is pinned; torch's host allocator keeps it until the copy is over.
+    The host side is pinned.
     """
     packed = np.concatenate([column.reshape(-1).view(np.int32) for column in columns])
-    host = torch.from_numpy(packed)
-    if device.type == "cuda":
-        host = host.pin_memory()
+    host = pinned(packed) if device.type == "cuda" else torch.from_numpy(packed)
     whole = host.to(device, non_blocking=True)
     parts = torch.split(whole, [column.size for column in columns])
     return tuple(
         (part.view(torch.float32) if column.dtype == np.float32 else part).view(column.shape)
         for part, column in zip(parts, columns, strict=True)
     )
+
+
+def pinned(array: npt.NDArray[np.generic]) -> Tensor:
+    """Returns a copy in pinned memory; torch's host allocator keeps it until copies are over."""
+    return torch.from_numpy(array).pin_memory()
 
 
 def download(tensor: Tensor) -> Tensor:

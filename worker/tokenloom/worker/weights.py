@@ -32,9 +32,12 @@ class Linear:
     bias: Tensor | None
     """[num_outputs]"""
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Returns [num_rows, num_outputs] for [num_rows, num_inputs]."""
-        return functional.linear(rows, self.weight, self.bias)
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
+        if out is None:
+            return functional.linear(rows, self.weight, self.bias)
+        torch.mm(rows, self.weight.T, out=out)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,8 @@ class Attention(Protocol):
 
     name: str
     block_size: int
+    capturable: bool
+    """Whether a launch depends on shapes alone, so that a CUDA graph can repeat it."""
 
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None

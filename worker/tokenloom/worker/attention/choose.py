@@ -67,6 +67,7 @@ class ShapedAttention:
         """Both read blocks of one size."""
         self.name = f"{flash.name}, {split.name} for decodes"
         self.block_size = flash.block_size
+        self.capturable = flash.capturable and split.capturable
         self._flash, self._split = flash, split
 
     def attend(

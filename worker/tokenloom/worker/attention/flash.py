@@ -41,6 +41,7 @@ class FlashAttention:
     """flash_attn_varlen_func with a page table."""
 
     name = "flash"
+    capturable = True
     block_size = 128
     """The kernel's own key tile, so that a page is one bulk copy (TMA)."""
 

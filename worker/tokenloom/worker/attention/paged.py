@@ -54,6 +54,7 @@ class PagedAttention:
     """Triton kernels for float16, bfloat16 and float32 over blocks of any size."""
 
     name = "triton"
+    capturable = True
 
     def __init__(self, block_size: int = 64, programs_per_processor: int = 2) -> None:
         """`programs_per_processor`: below that many for each multiprocessor, tiles are split."""

@@ -44,6 +44,7 @@ class ReferenceAttention:
     """torch's scaled_dot_product_attention over gathered pages."""
 
     name = "torch"
+    capturable = False
 
     def __init__(self, block_size: int = 16) -> None:
         self.block_size = block_size

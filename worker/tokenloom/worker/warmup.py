@@ -1,0 +1,81 @@
+"""Steps without meaning that compile kernels and set up libraries before requests come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tokenloom.wire.messages import Admit, SamplingParams, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tokenloom.worker.slots import Limits
+
+_LONG_TOKENS = 4096
+"""Of a long request: long enough for kernels to share its keys out."""
+
+
+def warm_up_steps(epoch: int, limits: Limits) -> Iterator[Step]:
+    """Yields a chunk and a decode of a short request, a long one and one as large as a step.
+
+    Kernels that share a request's keys out compile for long ones alone; the
+    dense library picks its kernels by the number of tokens.
+    """
+    room = min(limits.max_model_tokens, limits.num_blocks * limits.block_size)
+    longest = max(1, room - 2)  # two tokens are sampled behind the prompt, if there is room
+    step_id = 0
+    for length, chunk in ((32, 32), (_LONG_TOKENS, 32), (longest, limits.max_step_tokens)):
+        num_tokens = min(length, longest)
+        num_new = min(chunk, num_tokens, limits.max_step_tokens)
+        num_blocks = num_tokens // limits.block_size + 1
+        num_computed = num_tokens - num_new  # as if they lay in cached blocks
+        released = b"" if step_id == 0 else _int32([0])
+        spans = [(num_computed, num_new), (num_tokens, 1)]
+        for start, num_span in spans[: room - num_tokens]:
+            admitted = start == num_computed
+            yield Step(
+                epoch=epoch,
+                step_id=step_id,
+                released=released if admitted else b"",
+                admitted=(_admit(num_tokens, num_computed),) if admitted else (),
+                block_slots=_int32([0] * num_blocks) if admitted else b"",
+                block_indices=_int32(range(num_blocks)) if admitted else b"",
+                block_ids=_int32(range(num_blocks)) if admitted else b"",
+                span_slots=_int32([0]),
+                span_starts=_int32([start]),
+                span_lengths=_int32([num_span]),
+                span_samples=b"\1",
+            )
+            step_id += 1
+
+
+def _admit(num_tokens: int, num_computed: int) -> Admit:
+    """Returns a request of zeros for slot 0."""
+    sampling = SamplingParams(
+        temperature=1.0,
+        top_p=0.9,
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        seed=0,
+        min_tokens=0,
+        stop_token_ids=(),
+        logit_bias=(),
+        num_top_logprobs=None,
+    )
+    return Admit(
+        slot=0,
+        tokens=bytes(4 * num_tokens),
+        num_prompt_tokens=num_tokens,
+        num_computed=num_computed,
+        sampling=sampling,
+    )
+
+
+def _int32(numbers: Iterable[int]) -> bytes:
+    """Returns a column of a Step."""
+    return np.fromiter(numbers, dtype="<i4").tobytes()
