@@ -12,6 +12,7 @@ from tests.worker.driver import Driver
 from tokenloom.wire.messages import Ready, Step, StepDone
 from tokenloom.worker.batch import Batch
 from tokenloom.worker.graphs import ladder
+from tokenloom.worker.kernels.twin import TorchOperations
 from tokenloom.worker.slots import Limits, Slots
 
 LIMITS = Limits(
@@ -29,7 +30,7 @@ class Twins:
 
     def __init__(self) -> None:
         self.slots = Slots(LIMITS)
-        self.batch = Batch(LIMITS, torch.device("cpu"))
+        self.batch = Batch(LIMITS, TorchOperations(), torch.device("cpu"))
         self.num_compared = 0
         self.next_token = 500
 

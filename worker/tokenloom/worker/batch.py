@@ -28,6 +28,7 @@ from tokenloom.worker.transfer import upload
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokenloom.worker.kernels import Operations
     from tokenloom.worker.slots import Changes, Limits
 
 Int32Array = npt.NDArray[np.int32]
@@ -75,7 +76,8 @@ class DecodeInputs:
 class Batch:
     """The device's side of all slots. `Slots` has checked what comes here."""
 
-    def __init__(self, limits: Limits, device: torch.device) -> None:
+    def __init__(self, limits: Limits, operations: Operations, device: torch.device) -> None:
+        self._operations = operations
         self._block_size = limits.block_size
         self._device = device
         self.idle_slot = limits.num_slots
@@ -188,18 +190,18 @@ class Batch:
 
         It may be captured: the shapes are those of the largest requests.
         """
-        num_rows, block_size = len(slots), self._block_size
-        positions = self._ends[slots]
-        tables = self._tables[slots]  # [num_rows, max_slot_blocks]
-        blocks = tables.gather(1, (positions // block_size)[:, None]).squeeze(1)
+        num_rows = len(slots)
+        rows = self._operations.begin_decode(
+            slots, self._ends, self.tokens, self._tables, self._block_size
+        )
         return DecodeInputs(
-            tokens=self.tokens[slots, positions],
-            positions=positions,
+            tokens=rows.tokens,
+            positions=rows.positions,
             spans=Spans(
                 offsets=self._offsets[: num_rows + 1],
-                kv_lengths=(positions + 1).int(),
-                block_tables=tables,
-                places=blocks.long() * block_size + positions % block_size,
+                kv_lengths=rows.kv_lengths,
+                block_tables=rows.block_tables,
+                places=rows.places,
                 host_starts=self._longest[:num_rows],
                 host_lengths=self._ones[:num_rows],
             ),
@@ -207,5 +209,6 @@ class Batch:
 
     def advance(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Appends the tokens that a decode drew and moves its slots on; the idle row stays."""
-        self.append(slots, positions + 1, tokens)
-        self._ends[slots] = positions + (slots < self.idle_slot)
+        self._operations.end_decode(
+            slots, positions, tokens, self._ends, self.tokens, self.idle_slot
+        )

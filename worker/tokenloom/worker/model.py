@@ -27,7 +27,7 @@ class Decoder:
     ) -> None:
         """`rotary` is the table [num_positions, 2, head_dim / 2] of `rotary_table`."""
         self._config = config
-        self._operations = operations
+        self.operations = operations
         self._weights = weights
         self._rotary = rotary.to(weights.embedding.dtype)
 
@@ -61,7 +61,7 @@ class Decoder:
         Returns:
             [num_rows, vocab_size] logits in the model's type.
         """
-        eps, ops = self._config.rms_norm_eps, self._operations
+        eps, ops = self._config.rms_norm_eps, self.operations
         hidden = functional.embedding(tokens, self._weights.embedding)  # [num_tokens, hidden_size]
         angles = self._rotary[positions]  # [num_tokens, 2, head_dim / 2]
         update: Tensor | None = None  # what a layer adds to hidden, with the next one's norm

@@ -166,7 +166,7 @@ class ModelRunner:
         report: Callable[[str, float], None],
     ) -> _Rows:
         """Returns empty rows; on CUDA, kernels are compiled and decode steps captured."""
-        batch = Batch(limits, self.device)
+        batch = Batch(limits, loaded.decoder.operations, self.device)
         sampler = Sampler(limits.num_slots, limits.vocab_size, self.device)
         rows = _Rows(limits=limits, batch=batch, sampler=sampler, graphs=None)
         if self.device.type != "cuda":

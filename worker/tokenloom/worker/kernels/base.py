@@ -7,16 +7,60 @@ sum, and by how a product is rounded before it is added to another.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeRows:
+    """Where each row of a decode step stands."""
+
+    positions: Tensor
+    """int64 [num_rows] of the token to compute"""
+    tokens: Tensor
+    """int32 [num_rows] that token"""
+    kv_lengths: Tensor
+    """int32 [num_rows] positions up to and with it"""
+    places: Tensor
+    """int64 [num_rows] block * block_size + offset where its K and V go"""
+    block_tables: Tensor
+    """int32 [num_rows, max_slot_blocks]"""
+
+
 class Operations(Protocol):
-    """Tensors are contiguous and of one type, angles and norms included."""
+    """Tensors are contiguous; activations, weights and angles are of one type."""
 
     name: str
+
+    def begin_decode(
+        self, slots: Tensor, ends: Tensor, tokens: Tensor, tables: Tensor, block_size: int
+    ) -> DecodeRows:
+        """Looks up where slots stand.
+
+        Args:
+            slots: int64 [num_rows].
+            ends: int64 [num_slots] tokens that each slot has computed.
+            tokens: int32 [num_slots, max_tokens] of each slot.
+            tables: int32 [num_slots, max_slot_blocks] block table of each slot.
+            block_size: Positions in a block.
+        """
+
+    def end_decode(
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        drawn: Tensor,
+        ends: Tensor,
+        tokens: Tensor,
+        idle_slot: int,
+    ) -> None:
+        """Writes int32 [num_rows] drawn tokens behind their slots' last ones, moves `ends` on.
+
+        The idle slot's end stays. Others as in `begin_decode`.
+        """
 
     def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Returns [num_rows, size] rows over their root mean square, times [size] weight."""

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenloom.worker.kernels.base import DecodeRows
+
 _TILE_HEADS = 8
 _TILE_COLUMNS = 1024
 
@@ -20,6 +22,51 @@ class FusedOperations:
     """Triton kernels. Nothing here waits for the device or depends on what tensors hold."""
 
     name = "triton"
+
+    def begin_decode(
+        self, slots: Tensor, ends: Tensor, tokens: Tensor, tables: Tensor, block_size: int
+    ) -> DecodeRows:
+        """Looks up where slots stand."""
+        num_rows, num_entries = len(slots), tables.shape[1]
+        rows = DecodeRows(
+            positions=torch.empty_like(slots),
+            tokens=tokens.new_empty(num_rows),
+            kv_lengths=tokens.new_empty(num_rows),
+            places=torch.empty_like(slots),
+            block_tables=tables.new_empty((num_rows, num_entries)),
+        )
+        tile = min(1024, triton.next_power_of_2(num_entries))
+        _begin_decode[(num_rows, triton.cdiv(num_entries, tile))](
+            slots,
+            ends,
+            tokens,
+            tables,
+            rows.positions,
+            rows.tokens,
+            rows.kv_lengths,
+            rows.places,
+            rows.block_tables,
+            tokens.shape[1],
+            num_entries,
+            BLOCK_SIZE=block_size,
+            TILE=tile,
+            num_warps=4,
+        )
+        return rows
+
+    def end_decode(
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        drawn: Tensor,
+        ends: Tensor,
+        tokens: Tensor,
+        idle_slot: int,
+    ) -> None:
+        """Writes int32 [num_rows] drawn tokens behind their slots' last ones, moves `ends` on."""
+        _end_decode[(len(slots),)](
+            slots, positions, drawn, ends, tokens, tokens.shape[1], idle_slot, num_warps=1
+        )
 
     def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
@@ -73,6 +120,58 @@ class FusedOperations:
         grid = (num_rows, triton.cdiv(size, _TILE_COLUMNS))
         _silu_mul[grid](gate_up, product, size, TILE=_TILE_COLUMNS, num_warps=4)
         return product
+
+
+@triton.jit(do_not_specialize=["max_tokens", "num_entries"])
+def _begin_decode(
+    slots: tl.tensor,
+    ends: tl.tensor,
+    tokens: tl.tensor,
+    tables: tl.tensor,
+    positions: tl.tensor,
+    row_tokens: tl.tensor,
+    kv_lengths: tl.tensor,
+    places: tl.tensor,
+    row_tables: tl.tensor,
+    max_tokens: int,
+    num_entries: int,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """A program a row and tile of its table; the first tile's does the rest."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    table = tables + slot * num_entries
+    entries = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = entries < num_entries
+    copied = tl.load(table + entries, mask=inside)
+    tl.store(row_tables + row * num_entries + entries, copied, mask=inside)
+    if tl.program_id(1) == 0:
+        position = tl.load(ends + slot)
+        block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+        tl.store(positions + row, position)
+        tl.store(row_tokens + row, tl.load(tokens + slot * max_tokens + position))
+        tl.store(kv_lengths + row, (position + 1).to(tl.int32))
+        tl.store(places + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
+
+
+@triton.jit(do_not_specialize=["max_tokens", "idle_slot"])
+def _end_decode(
+    slots: tl.tensor,
+    positions: tl.tensor,
+    drawn: tl.tensor,
+    ends: tl.tensor,
+    tokens: tl.tensor,
+    max_tokens: int,
+    idle_slot: int,
+) -> None:
+    """A program a row; those of the idle slot, which are many, write nothing."""
+    row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    following = tl.load(positions + row) + 1
+    if slot != idle_slot:
+        tl.store(ends + slot, following)
+        tl.store(tokens + slot * max_tokens + following, tl.load(drawn + row))
 
 
 def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:

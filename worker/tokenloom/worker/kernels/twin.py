@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenloom.worker.kernels.base import DecodeRows
 from tokenloom.worker.rotary import rotate
 
 
@@ -13,6 +14,34 @@ class TorchOperations:
     """One torch call after the other, as transformers does it."""
 
     name = "torch"
+
+    def begin_decode(
+        self, slots: Tensor, ends: Tensor, tokens: Tensor, tables: Tensor, block_size: int
+    ) -> DecodeRows:
+        """Looks up where slots stand."""
+        positions = ends[slots]
+        rows = tables[slots]  # [num_rows, max_slot_blocks]
+        blocks = rows.gather(1, (positions // block_size)[:, None]).squeeze(1)
+        return DecodeRows(
+            positions=positions,
+            tokens=tokens[slots, positions],
+            kv_lengths=(positions + 1).int(),
+            places=blocks.long() * block_size + positions % block_size,
+            block_tables=rows,
+        )
+
+    def end_decode(
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        drawn: Tensor,
+        ends: Tensor,
+        tokens: Tensor,
+        idle_slot: int,
+    ) -> None:
+        """Writes int32 [num_rows] drawn tokens behind their slots' last ones, moves `ends` on."""
+        tokens[slots, positions + 1] = drawn
+        ends[slots] = positions + (slots != idle_slot)
 
     def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
