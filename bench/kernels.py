@@ -1,11 +1,12 @@
 """Microseconds of each kernel, and its bandwidth against the bytes it must move.
 
-    python bench/kernels.py [--only attend place_heads] [--processors 4 8]
+    python bench/kernels.py [--only attend place_heads]
 
 Needs a CUDA device. Every kernel runs in a CUDA graph over inputs that together
-exceed the L2 cache, beside what it replaces: decoding attention beside
-flash-attn-4 where that is installed, the fused operations beside their torch
-twins. Heads and sizes are Llama-3-8B's. Prints a table.
+exceed the L2 cache, beside what it replaces: attention as it is chosen for a step
+beside each backend that works there, the fused operations beside their torch
+twins. Sizes are Llama-3-8B's; attention is measured with Qwen3-0.6B's heads as
+well. Prints a table.
 """
 
 from __future__ import annotations
@@ -19,20 +20,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenloom.worker.attention import Attention, Pages, Spans
-from tokenloom.worker.attention.flash import FlashAttention, why_not_flash
-from tokenloom.worker.attention.paged import PagedAttention
+from tokenloom.worker.attention import Attention, Pages, Spans, choose_attention
+from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernels import Operations
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
+from tokenloom.worker.options import ATTENTION_NAMES
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14336
 BLOCK_SIZE = 128
-DECODES = ((1, 1024), (1, 16384), (1, 32768), (8, 4096), (32, 1024), (64, 2048), (256, 1024))
+DECODES = (
+    (1, 1024),
+    (1, 16384),
+    (1, 32768),
+    (8, 1024),
+    (8, 32768),
+    (32, 1024),
+    (64, 2048),
+    (256, 1024),
+)
 """(batch, context)"""
+MIXED = ((64, 1024), (256, 2048))
+"""(requests that decode at a context of 1,024, tokens of one prompt)"""
 NUM_TOKENS = (1, 32, 256, 8192)
 FRESH_BYTES = 256 * 1024**2
 """Of inputs in turn: several times the L2 cache."""
@@ -53,7 +65,7 @@ class Row:
         """A line of the table."""
         rate = self.num_bytes / self.seconds / 1e12
         return (
-            f"{self.kernel:12} {self.shape:12} {self.backend:12} {self.seconds * 1e6:9.1f}"
+            f"{self.kernel:12} {self.shape:28} {self.backend:8} {self.seconds * 1e6:9.1f}"
             f" {rate:8.2f}"
         )
 
@@ -89,47 +101,114 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=DTYPE, device=DEVICE)
 
 
-def decode(batch: int, context: int, backends: Sequence[tuple[str, Attention]]) -> Iterator[Row]:
-    """Yields the rows of decoding attention for one shape."""
-    num_blocks = batch * context // BLOCK_SIZE
-    num_bytes = 2 * batch * context * NUM_KV_HEADS * HEAD_DIM * DTYPE.itemsize
-    turns = num_turns(num_bytes)
-    shape = (turns, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    pages = Pages(keys=normal(*shape), values=normal(*shape))
-    queries = normal(batch, NUM_HEADS, HEAD_DIM)
-    places = torch.arange(batch, device=DEVICE)
-    blocks = torch.randperm(num_blocks, device=DEVICE).view(batch, -1)
-    spans = Spans(
-        offsets=torch.arange(batch + 1, dtype=torch.int32, device=DEVICE),
-        kv_lengths=torch.full((batch,), context, dtype=torch.int32, device=DEVICE),
-        block_tables=blocks.to(torch.int32),
-        places=places,
-        host_starts=np.full(batch, context - 1, dtype=np.int32),
-        host_lengths=np.ones(batch, dtype=np.int32),
-    )
-    for name, backend in backends:
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The attention of a model."""
 
-        def attend(layer: int, backend: Attention = backend) -> Tensor:
-            return backend.attend(pages, layer, queries, spans, None)
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
 
-        yield Row(
+
+MODELS = (
+    Model(name="llama-3-8b", num_heads=32, num_kv_heads=8),
+    Model(name="qwen3-0.6b", num_heads=16, num_kv_heads=8),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWork:
+    """A step's attention over as many layers as there are sets of inputs."""
+
+    pages: Pages
+    queries: Tensor
+    spans: Spans
+    turns: int
+    num_bytes: int
+    """Keys and values that a layer must read"""
+
+    def row(self, shape: str, backend: str, attention: Attention) -> Row:
+        """Measures a backend."""
+        seconds = seconds_each(
+            lambda layer: attention.attend(self.pages, layer, self.queries, self.spans, None),
+            self.turns,
+        )
+        return Row(
             kernel="attend",
-            shape=f"{batch} x {context}",
-            backend=name,
-            seconds=seconds_each(attend, turns),
-            num_bytes=num_bytes,
+            shape=shape,
+            backend=backend,
+            seconds=seconds,
+            num_bytes=self.num_bytes,
         )
 
 
-def attention_rows(processors: Sequence[int]) -> Iterator[Row]:
-    """Yields decoding attention for all shapes, our kernel and flash-attn's."""
-    backends: list[tuple[str, Attention]] = [
-        (f"triton {each}", PagedAttention(BLOCK_SIZE, each)) for each in processors
-    ]
-    if why_not_flash(head_dim=HEAD_DIM, dtype=DTYPE, device=DEVICE) is None:
-        backends.append(("flash", FlashAttention()))
-    for batch, context in DECODES:
-        yield from decode(batch, context, backends)
+def attention_work(
+    model: Model, steps: Sequence[tuple[int, int]], block_size: int
+) -> AttentionWork:
+    """Returns random inputs for spans of (start, length), decodes first."""
+    starts, lengths = np.array(steps).T
+    ends = starts + lengths
+    num_blocks = -(-ends // block_size)
+    row_bytes = model.num_kv_heads * model.head_dim * DTYPE.itemsize
+    num_bytes = 2 * int(ends.sum()) * row_bytes
+    turns = num_turns(num_bytes)
+    shape = (turns, int(num_blocks.sum()), block_size, model.num_kv_heads, model.head_dim)
+    blocks = np.random.default_rng(0).permutation(shape[1])
+    tables = np.zeros((len(steps), num_blocks.max()), dtype=np.int32)
+    for table, own in zip(tables, np.split(blocks, np.cumsum(num_blocks[:-1])), strict=True):
+        table[: len(own)] = own
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return AttentionWork(
+        pages=Pages(keys=normal(*shape), values=normal(*shape)),
+        queries=normal(int(lengths.sum()), model.num_heads, model.head_dim),
+        spans=Spans(
+            offsets=torch.tensor(offsets, dtype=torch.int32, device=DEVICE),
+            kv_lengths=torch.tensor(ends, dtype=torch.int32, device=DEVICE),
+            block_tables=torch.from_numpy(tables).to(DEVICE),
+            places=torch.zeros(int(lengths.sum()), dtype=torch.int64, device=DEVICE),
+            num_decodes=int((lengths == 1).sum()),
+            max_length=int(lengths.max()),
+            max_kv_length=int(ends.max()),
+        ),
+        turns=turns,
+        num_bytes=num_bytes,
+    )
+
+
+def attention_rows() -> Iterator[Row]:
+    """Yields decodes and mixed steps: what `auto` chooses, and what is there beside it."""
+    for model in MODELS:
+        attentions = {
+            name: choose_attention(name, head_dim=model.head_dim, dtype=DTYPE, device=DEVICE)
+            for name in ("auto", *possible(model.head_dim))
+        }
+        steps = {f"{batch} x {context}": decodes(batch, context) for batch, context in DECODES}
+        steps |= {
+            f"{batch} x 1024 + {chunk}": [*decodes(batch, 1024), (0, chunk)]
+            for batch, chunk in MIXED
+        }
+        for shape, spans in steps.items():
+            for name, attention in attentions.items():
+                work = attention_work(model, spans, attention.block_size)
+                yield work.row(f"{model.name} {shape}", name, attention)
+
+
+def decodes(batch: int, context: int) -> list[tuple[int, int]]:
+    """Returns spans of one token at the end of so long a context."""
+    return [(context - 1, 1)] * batch
+
+
+def possible(head_dim: int) -> Iterator[str]:
+    """Yields the backends that work here, but for the one in plain torch."""
+    for name in ATTENTION_NAMES:
+        if name in {"auto", "torch"}:
+            continue
+        try:
+            choose_attention(name, head_dim=head_dim, dtype=DTYPE, device=DEVICE)
+        except LoadError:
+            continue
+        yield name
 
 
 def operation_rows(only: Sequence[str]) -> Iterator[Row]:
@@ -207,21 +286,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bandwidth of the worker's kernels.")
     names = ("attend", *OPERATIONS)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument(
-        "--processors",
-        nargs="+",
-        type=int,
-        default=[2],
-        metavar="N",
-        help="programs a multiprocessor below which our attention kernel splits",
-    )
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
-    print(f"{'kernel':12} {'shape':12} {'backend':12} {'us':>9} {'TB/s':>8}")
+    print(f"{'kernel':12} {'shape':28} {'backend':8} {'us':>9} {'TB/s':>8}")
     with torch.inference_mode():
         if "attend" in args.only:
-            for row in attention_rows(args.processors):
+            for row in attention_rows():
                 print(row, flush=True)
         for row in operation_rows(args.only):
             print(row, flush=True)

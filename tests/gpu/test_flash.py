@@ -1,102 +1,90 @@
-"""flash-attn-4 against its readable twin, over shapes and where blocks end."""
+"""flash-attn against its readable twin, over shapes and where blocks end; the choice on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from tests.worker.attention_cases import make_case
-from tokenloom.worker.attention import choose_attention
-from tokenloom.worker.attention.flash import FlashAttention
-from tokenloom.worker.attention.reference import ReferenceAttention
+from tests.worker import kernel_cases
+from tests.worker.attention_cases import SPANS, make_case
+from tests.worker.kernel_cases import Heads
+from tokenloom.worker.attention import Attention, choose_attention
+from tokenloom.worker.attention.flash import (
+    FlashAttention2,
+    FlashAttention4,
+    why_not_flash2,
+    why_not_flash4,
+)
 
 DEVICE = torch.device("cuda")
-
-SPANS: dict[str, Sequence[tuple[int, int]]] = {
-    "decodes": [(0, 1), (1, 1), (126, 1), (127, 1), (128, 1), (129, 1), (500, 1), (2047, 1)],
-    "prefills": [(0, 1), (0, 127), (0, 128), (0, 129), (0, 700)],
-    "chunks": [(128, 128), (1, 127), (127, 2), (300, 513)],
-    "all kinds": [(0, 300), (700, 1), (64, 65), (1023, 1), (128, 1), (256, 256)],
-}
-
-
-@pytest.fixture(scope="module")
-def flash() -> FlashAttention:
-    return FlashAttention()
+NO_FLASH4 = "needs a CUDA device"
+NO_FLASH2 = "needs a CUDA device"
+if torch.cuda.is_available():
+    NO_FLASH4 = why_not_flash4(head_dim=128, dtype=torch.bfloat16, device=DEVICE) or ""
+    NO_FLASH2 = why_not_flash2(head_dim=128, dtype=torch.bfloat16, device=DEVICE) or ""
+needs_flash4 = pytest.mark.skipif(bool(NO_FLASH4), reason=NO_FLASH4)
+needs_flash2 = pytest.mark.skipif(bool(NO_FLASH2), reason=NO_FLASH2)
 
 
-def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
-
-
-@pytest.mark.parametrize("name", SPANS)
-@pytest.mark.parametrize(
-    ("head_dim", "num_heads", "num_kv_heads", "window"),
-    [
-        (32, 8, 2, None),
-        (64, 8, 4, None),
-        (64, 8, 4, 100),
-        (96, 8, 2, None),
-        (128, 8, 8, None),
-        (128, 16, 2, None),
-        (128, 16, 2, 100),
-    ],
-)
-def test_flash_agrees_with_its_twin(
-    flash: FlashAttention,
-    name: str,
-    head_dim: int,
-    num_heads: int,
-    num_kv_heads: int,
-    window: int | None,
-) -> None:
+def assert_agrees(attention: Attention, name: str, heads: Heads, window: int | None) -> None:
     case = make_case(
         SPANS[name],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=flash.block_size,
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        block_size=attention.block_size,
         dtype=torch.bfloat16,
         device="cuda",
         rest=1e4,  # what lies behind a request's end must not matter
     )
-    twin = ReferenceAttention(block_size=flash.block_size)
-    wide = type(case.pages)(keys=case.pages.keys.float(), values=case.pages.values.float())
-    exact = twin.attend(wide, 0, case.queries.float(), case.step, window).double()
-    mixed = flash.attend(case.pages, 0, case.queries, case.step, window)
-    assert mixed.isfinite().all()
-    assert relative_error(mixed, exact) < 6e-3  # bfloat16's own
+    kernel_cases.assert_attends_like_its_twin(attention, case, window)
 
 
+@needs_flash4
+@pytest.mark.parametrize(
+    ("head_dim", "group", "window"),
+    [
+        (32, 4, None),
+        (64, 1, None),
+        (64, 2, 100),
+        (64, 7, None),
+        (96, 3, None),
+        (96, 4, 100),
+        *((128, group, None) for group in range(1, 9)),
+        (128, 2, 100),
+        (128, 8, 1),
+    ],
+)
+def test_flash4_agrees_with_its_twin(head_dim: int, group: int, window: int | None) -> None:
+    heads = Heads(num_heads=2 * group, num_kv_heads=2, head_dim=head_dim)
+    by_shape = choose_attention("auto", head_dim=head_dim, dtype=torch.bfloat16, device=DEVICE)
+    for name in SPANS:
+        for attention in (FlashAttention4(), by_shape):
+            assert_agrees(attention, name, heads, window)
+
+
+@needs_flash2
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("group", range(1, 9))
+def test_flash2_agrees_with_its_twin(head_dim: int, group: int, window: int | None) -> None:
+    heads = Heads(num_heads=2 * group, num_kv_heads=2, head_dim=head_dim)
+    for name in SPANS:
+        assert_agrees(FlashAttention2(), name, heads, window)
+
+
+@needs_flash4
 def test_each_backend_is_chosen_for_what_it_can_do() -> None:
     def chosen(name: str, head_dim: int, dtype: torch.dtype) -> str:
         return choose_attention(name, head_dim=head_dim, dtype=dtype, device=DEVICE).name
 
-    assert chosen("auto", 128, torch.bfloat16) == "flash, triton for decodes"
-    assert chosen("auto", 64, torch.float16) == "flash, triton for decodes"
+    wide = "triton" if find_spec("flash_attn_2_cuda") is None else "flash2, triton for decodes"
+    assert chosen("auto", 128, torch.bfloat16) == "flash4, triton for decodes"
+    assert chosen("auto", 64, torch.float16) == "flash4, triton for decodes"
     assert chosen("auto", 128, torch.float32) == "triton"
-    assert chosen("auto", 256, torch.bfloat16) == "triton"
-    assert chosen("flash", 128, torch.bfloat16) == "flash"
+    assert chosen("auto", 256, torch.bfloat16) == wide
+    assert chosen("flash4", 128, torch.bfloat16) == "flash4"
+    assert chosen("triton", 128, torch.bfloat16) == "triton"
     assert chosen("torch", 128, torch.bfloat16) == "torch"
-
-
-@pytest.mark.parametrize("name", SPANS)
-def test_the_choice_by_shape_agrees_with_the_twin(name: str) -> None:
-    attention = choose_attention("auto", head_dim=128, dtype=torch.bfloat16, device=DEVICE)
-    case = make_case(
-        SPANS[name],
-        num_heads=16,
-        num_kv_heads=2,
-        head_dim=128,
-        block_size=attention.block_size,
-        dtype=torch.bfloat16,
-        device="cuda",
-        rest=1e4,
-    )
-    twin = ReferenceAttention(block_size=attention.block_size)
-    wide = type(case.pages)(keys=case.pages.keys.float(), values=case.pages.values.float())
-    exact = twin.attend(wide, 0, case.queries.float(), case.step, None).double()
-    mixed = attention.attend(case.pages, 0, case.queries, case.step, None)
-    assert relative_error(mixed, exact) < 6e-3  # bfloat16's own

@@ -11,6 +11,16 @@ from torch import Tensor
 
 from tokenloom.worker.attention import Pages, Spans
 
+SPANS: dict[str, Sequence[tuple[int, int]]] = {
+    "one decode": [(4099, 1)],
+    "decodes": [(0, 1), (1, 1), (63, 1), (64, 1), (127, 1), (128, 1), (255, 1), (256, 1), (999, 1)],
+    "short spans": [(0, 2), (300, 3), (126, 4), (1500, 1)],
+    "prefills": [(0, 127), (0, 128), (0, 129), (0, 1), (0, 700)],
+    "chunks": [(128, 128), (1, 127), (127, 2), (300, 513)],
+    "decodes and chunks": [(700, 1), (1023, 1), (128, 1), (0, 300), (64, 65), (500, 1), (256, 256)],
+}
+"""(start, length) of each, about where blocks end; decodes first, as the core plans steps"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
@@ -79,7 +89,8 @@ def make_case(
             kv_lengths=torch.from_numpy(ends).to(device),
             block_tables=torch.from_numpy(tables).to(device),
             places=torch.cat(places).to(device),
-            host_starts=starts,
-            host_lengths=lengths,
+            num_decodes=next((i for i, each in enumerate(lengths) if each > 1), len(lengths)),
+            max_length=int(lengths.max()),
+            max_kv_length=int(ends.max()),
         ),
     )

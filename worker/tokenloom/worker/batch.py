@@ -93,8 +93,6 @@ class Batch:
         )
         self._tables[self.idle_slot] = limits.num_blocks  # the pool's spare block
         self._offsets = torch.arange(num_rows, dtype=torch.int32, device=device)
-        self._longest = np.full(limits.num_slots, limits.max_model_tokens - 1, dtype=np.int32)
-        self._ones = np.ones(limits.num_slots, dtype=np.int32)
         self._num_cached = np.zeros(limits.num_slots, dtype=np.int32)
         """[num_slots] positions that lay in cached blocks when the slot was admitted"""
 
@@ -156,7 +154,9 @@ class Batch:
         rows, columns, owners = token_slots.long(), positions.long(), span_slots.long()
         self._ends[owners] = kv_lengths.long()
         blocks = self._tables[rows, columns // self._block_size].long()
-        max_blocks = -(-int(ends.max()) // self._block_size)
+        max_kv_length = int(ends.max())
+        max_blocks = -(-max_kv_length // self._block_size)
+        longer = lengths > 1
         return StepInputs(
             tokens=self.tokens[rows, columns],
             positions=columns,
@@ -165,8 +165,9 @@ class Batch:
                 kv_lengths=kv_lengths,
                 block_tables=self._tables[owners, :max_blocks],
                 places=blocks * self._block_size + columns % self._block_size,
-                host_starts=starts,
-                host_lengths=lengths,
+                num_decodes=int(longer.argmax()) if longer.any() else len(lengths),
+                max_length=int(lengths.max()),
+                max_kv_length=max_kv_length,
             ),
             last_tokens=last_tokens.long(),
             rows=SampleRows(
@@ -202,8 +203,9 @@ class Batch:
                 kv_lengths=rows.kv_lengths,
                 block_tables=rows.block_tables,
                 places=rows.places,
-                host_starts=self._longest[:num_rows],
-                host_lengths=self._ones[:num_rows],
+                num_decodes=num_rows,
+                max_length=1,
+                max_kv_length=self.tokens.shape[1],
             ),
         )
 

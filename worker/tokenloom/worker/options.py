@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-ATTENTION_NAMES = ("auto", "torch", "flash", "triton")
+ATTENTION_NAMES = ("auto", "flash4", "flash2", "triton", "torch")
 CPU_KV_CACHE = "256MiB"
 
 _UNITS = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}

@@ -9,14 +9,13 @@ block 7  [ k0 k1 k2 k3 ]   block 2  [ k4 k5 k6 ·· ]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +30,62 @@ class Pages:
 
 @dataclass(frozen=True, kw_only=True)
 class Spans:
-    """The spans of a step: the device's side and what the host knows of them."""
+    """The spans of a step. What the host knows of them are counts and bounds alone.
+
+    So a captured step is described once: its tensors change while the graph
+    lives, and the bounds hold for all that they may become.
+    """
 
     offsets: Tensor
     """int32 [num_spans + 1] where each span's tokens begin in the step"""
     kv_lengths: Tensor
-    """int32 [num_spans] positions up to and with the span's last"""
+    """int32 [num_spans] positions up to and with the span's last, at least 1"""
     block_tables: Tensor
     """int32 [num_spans, max_blocks] blocks of the span's request"""
     places: Tensor
     """int64 [num_tokens] block * block_size + offset where each token's K and V go"""
-    host_starts: npt.NDArray[np.int32]
-    """[num_spans] position of each span's first token"""
-    host_lengths: npt.NDArray[np.int32]
-    """[num_spans]"""
+    num_decodes: int
+    """Leading spans that are one token long"""
+    max_length: int
+    """No span has more tokens"""
+    max_kv_length: int
+    """No request attends to more positions"""
 
     @property
-    def max_length(self) -> int:
-        """Tokens of the longest span."""
-        return int(self.host_lengths.max())
+    def num_spans(self) -> int:
+        """All spans of the step."""
+        return len(self.kv_lengths)
 
-    @property
-    def max_kv_length(self) -> int:
-        """Positions that the longest request attends to."""
-        return int((self.host_starts + self.host_lengths).max())
+    @cached_property
+    def decodes(self) -> Spans:
+        """The leading spans of one token; span i has token i."""
+        if self.num_decodes == self.num_spans:
+            return self
+        return replace(
+            self,
+            offsets=self.offsets[: self.num_decodes + 1],
+            kv_lengths=self.kv_lengths[: self.num_decodes],
+            block_tables=self.block_tables[: self.num_decodes],
+            max_length=1,
+        )
+
+    @cached_property
+    def others(self) -> Spans:
+        """The spans behind the decodes; their offsets stay those of the whole step."""
+        if not self.num_decodes:
+            return self
+        return replace(
+            self,
+            offsets=self.offsets[self.num_decodes :],
+            kv_lengths=self.kv_lengths[self.num_decodes :],
+            block_tables=self.block_tables[self.num_decodes :],
+            num_decodes=0,
+        )
+
+    @cached_property
+    def kv_offsets(self) -> Tensor:
+        """int32 [num_spans + 1] where each span's positions would begin, laid end to end."""
+        return functional.pad(self.kv_lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 class Attention(Protocol):
@@ -63,12 +94,30 @@ class Attention(Protocol):
     name: str
     block_size: int
     capturable: bool
-    """Whether a launch depends on shapes alone, so that a CUDA graph can repeat it."""
+    """Whether a launch depends on shapes alone, so that a CUDA graph can repeat it"""
 
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """Returns [num_tokens, num_heads, head_dim] for queries of that shape.
 
-        With a `window`, a token sees that many positions, its own among them.
+        With a `window`, a token sees that many positions, its own among them. The
+        result of a token that belongs to no span is not defined.
         """
+
+
+class Decoding(Protocol):
+    """A backend for spans of one token, of which span i has token i."""
+
+    name: str
+
+    def attend(
+        self,
+        pages: Pages,
+        layer: int,
+        queries: Tensor,
+        spans: Spans,
+        window: int | None,
+        mixed: Tensor,
+    ) -> None:
+        """Writes the first num_spans tokens of [num_tokens, num_heads, head_dim]."""

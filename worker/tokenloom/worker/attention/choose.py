@@ -1,4 +1,11 @@
-"""Which attention backend serves a model on a device, and a step's shape: decided here alone."""
+"""Which attention backend serves a model on a device, and a step's spans: decided here alone.
+
+device                              steps' spans of one token   all others
+Hopper, Blackwell, flash-attn-4     decode (Triton)             flash4
+from Ampere on, flash-attn 2        decode (Triton)             flash2
+any other GPU                       decode (Triton)             paged (Triton)
+CPU                                 reference (torch)           reference (torch)
+"""
 
 from __future__ import annotations
 
@@ -6,15 +13,21 @@ import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from tokenloom.worker.attention.flash import FlashAttention, why_not_flash
+import torch
+
+from tokenloom.worker.attention.flash import (
+    FlashAttention2,
+    FlashAttention4,
+    why_not_flash2,
+    why_not_flash4,
+)
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.errors import LoadError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from tokenloom.worker.attention.base import Attention, Pages, Spans
+    from tokenloom.worker.attention.base import Attention, Decoding, Pages, Spans
 
 _log = logging.getLogger(__name__)
 
@@ -24,26 +37,41 @@ def choose_attention(
 ) -> Attention:
     """Returns the backend called `name`, or with `auto` the fastest that works here.
 
+    Args:
+        name: One of ATTENTION_NAMES; what is asked for by name serves all spans.
+        head_dim: Of the model.
+        dtype: Of queries, keys and values.
+        device: Where they are.
+
     Raises:
         LoadError: The backend asked for by name does not work here.
     """
-    no_flash = why_not_flash(head_dim=head_dim, dtype=dtype, device=device)
-    no_triton = _why_not_triton(device)
-    for backend, obstacle in (("flash", no_flash), ("triton", no_triton)):
-        if name == backend and obstacle is not None:
+    obstacles = {
+        "flash4": why_not_flash4(head_dim=head_dim, dtype=dtype, device=device),
+        "flash2": why_not_flash2(head_dim=head_dim, dtype=dtype, device=device),
+        "triton": _why_not_triton(device),
+        "torch": None,
+    }  # the fastest first
+    if name == "auto":
+        chosen = next(each for each, obstacle in obstacles.items() if obstacle is None)
+        if device.type == "cuda":
+            _tell(chosen, obstacles)
+    else:
+        chosen = name
+        if (obstacle := obstacles[name]) is not None:
             raise LoadError(f"attention {name} is not possible: {obstacle}")
-    if name == "flash":
-        return FlashAttention()
-    if name == "torch" or (name == "auto" and no_triton is not None):
-        if device.type == "cuda" and name == "auto":
-            _log.warning("attention in plain torch, slowly: %s", no_triton)
+    if chosen == "torch":
         return ReferenceAttention()
-    # Triton comes with torch's CUDA builds alone: imported when it is chosen.
-    from tokenloom.worker.attention.paged import PagedAttention  # noqa: PLC0415
+    if name in {"flash4", "flash2"} or obstacles["triton"] is not None:
+        return _flash(chosen)
+    from tokenloom.worker.attention import decode, paged  # noqa: PLC0415 - Triton may be absent
 
-    if name == "triton" or no_flash is not None:
-        return PagedAttention()
-    return ShapedAttention(FlashAttention(), PagedAttention(FlashAttention.block_size))
+    others = paged.PagedAttention() if chosen == "triton" else _flash(chosen)
+    return SplitAttention(decode.PagedDecoding(), others)
+
+
+def _flash(name: str) -> Attention:
+    return FlashAttention4() if name == "flash4" else FlashAttention2()
 
 
 def _why_not_triton(device: torch.device) -> str | None:
@@ -54,25 +82,42 @@ def _why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-class ShapedAttention:
-    """The backend whose kernel is the faster one for a step of its shape.
+def _tell(chosen: str, obstacles: dict[str, str | None]) -> None:
+    """Logs why no faster backend was chosen on a GPU."""
+    for name, obstacle in obstacles.items():
+        if name == chosen:
+            break
+        level = logging.WARNING if chosen == "torch" else logging.INFO
+        _log.log(level, "attention %s is not possible: %s", name, obstacle)
 
-    flash-attn does not split a decoding request over its keys: few requests
-    leave most multiprocessors idle, and the longer they are, the longer. Steps
-    that only decode go to the kernel that splits, which measured no slower on
-    large batches (bench/README.md); steps with prefill in them go to flash.
+
+class SplitAttention:
+    """Two backends: one for a step's leading spans of one token, one for those behind.
+
+    flash-attn does not part a decoding request's keys: few requests leave most
+    multiprocessors idle, and the longer they are, the longer. In a step with
+    prefill as well a decoding request would take a tile that is made for a
+    hundred tokens.
     """
 
-    def __init__(self, flash: Attention, split: Attention) -> None:
-        """Both read blocks of one size."""
-        self.name = f"{flash.name}, {split.name} for decodes"
-        self.block_size = flash.block_size
-        self.capturable = flash.capturable and split.capturable
-        self._flash, self._split = flash, split
+    capturable = True
+
+    def __init__(self, decoding: Decoding, others: Attention) -> None:
+        """Blocks are as `others` wants them."""
+        self.name = others.name
+        if decoding.name != others.name:
+            self.name += f", {decoding.name} for decodes"
+        self.block_size = others.block_size
+        self._decoding, self._others = decoding, others
 
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """Returns [num_tokens, num_heads, head_dim] for queries of that shape."""
-        backend = self._split if spans.max_length == 1 else self._flash
-        return backend.attend(pages, layer, queries, spans, window)
+        if spans.num_decodes == spans.num_spans:
+            mixed = torch.empty_like(queries)
+        else:
+            mixed = self._others.attend(pages, layer, queries, spans.others, window)
+        if spans.num_decodes:
+            self._decoding.attend(pages, layer, queries, spans.decodes, window, mixed)
+        return mixed

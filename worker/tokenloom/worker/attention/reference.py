@@ -72,9 +72,11 @@ class ReferenceAttention:
         return mixed
 
     def _group(self, spans: Spans) -> Iterator[_Group]:
-        lengths, starts = spans.host_lengths.astype(np.int64), spans.host_starts.astype(np.int64)
-        offsets = np.cumsum(lengths) - lengths
-        num_blocks = -(-(starts + lengths) // self.block_size)
+        # On a GPU this waits for the device, once a step.
+        bounds = spans.offsets.cpu().numpy().astype(np.int64)
+        ends = spans.kv_lengths.cpu().numpy().astype(np.int64)
+        offsets, lengths = bounds[:-1], np.diff(bounds)
+        starts, num_blocks = ends - lengths, -(-ends // self.block_size)
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for span, shape in enumerate(zip(lengths.tolist(), num_blocks.tolist(), strict=True)):
             alike[(shape[0] - 1).bit_length(), (shape[1] - 1).bit_length()].append(span)

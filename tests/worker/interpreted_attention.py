@@ -1,0 +1,75 @@
+"""Our Triton attention in Triton's interpreter; `test_attention.py` starts a process for it.
+
+bfloat16 is left to the GPU: the interpreter cuts it off instead of rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from tests.worker import kernel_cases
+from tests.worker.attention_cases import make_case
+from tests.worker.kernel_cases import Heads
+from tokenloom.worker.attention.choose import SplitAttention
+from tokenloom.worker.attention.decode import PagedDecoding, Tiling
+from tokenloom.worker.attention.paged import PagedAttention
+
+SPANS = [(0, 1), (15, 1), (16, 1), (130, 1), (299, 1), (0, 20), (3, 1), (30, 3)]
+
+
+@pytest.fixture(autouse=True)
+def loops_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 takes an array of one number for an integer, which numpy 2.4 no longer does."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:  # noqa: ANN401 - Triton's own, without types
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.mark.parametrize("tile_bytes", [1024, 4096, 16384])
+@pytest.mark.parametrize(
+    ("head_dim", "num_heads", "num_kv_heads", "block_size", "dtype", "window"),
+    [
+        (64, 4, 2, 16, torch.float32, None),
+        (96, 3, 1, 32, torch.float16, 40),
+        (128, 8, 1, 128, torch.float16, None),
+        (24, 7, 1, 16, torch.float32, 5),
+    ],
+)
+def test_triton_agrees_with_its_twin(
+    monkeypatch: pytest.MonkeyPatch,
+    tile_bytes: int,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int | None,
+) -> None:
+    kernel_cases.poison_new_memory(monkeypatch)
+    heads = Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    case = kernel_cases.attention_case(
+        SPANS, heads, block_size=block_size, dtype=dtype, device="cpu"
+    )
+    decoding = PagedDecoding(Tiling(tile_bytes=tile_bytes))
+    for attention in (
+        SplitAttention(decoding, PagedAttention(block_size)),
+        PagedAttention(block_size),
+    ):
+        kernel_cases.assert_attends_like_its_twin(attention, case, window)
+
+
+def test_workers_leave_their_counts_at_zero() -> None:
+    case = make_case([(299, 1)] * 3, num_heads=2, num_kv_heads=1, head_dim=16, block_size=16)
+    decoding = PagedDecoding()
+    attention = SplitAttention(decoding, PagedAttention(16))
+    first = attention.attend(case.pages, 0, case.queries, case.step, None)
+    assert all(not space.counts.any() for space in decoding._workspaces.values())
+    assert torch.equal(first, attention.attend(case.pages, 0, case.queries, case.step, None))

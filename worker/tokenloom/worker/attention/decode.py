@@ -1,0 +1,356 @@
+"""Our own kernel for decoding, in Triton: spans of one token over paged keys and values.
+
+Decoding reads keys and values once and computes next to nothing, so every
+multiprocessor has to read all the time, whether there are few long requests or
+many of all lengths. The keys of all requests, cut in tiles and laid end to end,
+are shared out evenly: for each KV head as many workers as fit on the chip at
+once, each with one run of tiles.
+
+    requests    │ 0  0  0  0  0 │ 1  1 │ 2  2  2  2  2  2 │     tiles of keys, end to end
+    workers     │ 0  0  0  0 │ 1  1  1  1 │ 2  2  2  2 │ 3 │     a share is four tiles
+                             └ request 0 is parted between workers 0 and 1
+
+A worker writes the result of a request that is all its own. Of a parted one it
+leaves its part, with the logarithm of its softmax's sum; who comes last weighs the
+parts, in their order, so that a result does not depend on who came last. A worker
+has at most two parts: one of a request that began before its run, and one of a
+request that goes on behind it.
+
+All query heads that share a KV head are computed together, so keys and values
+are read once for all of them. The grid depends on the device and the model alone:
+nothing waits for the host, and a captured launch stays right as requests grow.
+
+Where the hardware allows, programs start while the kernel before this one ends, and
+find their shares meanwhile: the lengths of requests are older than that kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tokenloom.worker.attention.base import Pages, Spans
+
+_LOG2_E = 1.4426950408889634
+_SPAN_STEPS = (16, 128, 1024, 8192)
+"""Kernels are compiled for steps of up to so many spans."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How the work is cut. What is not said here follows from the model and the device."""
+
+    tile_bytes: int = 16 * 1024
+    """Of keys, and of values, that are computed at once"""
+    num_ahead: int = 2
+    """Tiles that are under way while one is computed"""
+    min_share: int = 1
+    """Tiles that a worker takes at least"""
+    programs_per_processor: int = 2
+    num_warps: int = 4
+    weighed_bytes: int = 16 * 1024
+    """Of parts that are weighed at once, in registers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Workspace:
+    """What workers leave for each other. The kernel returns it as it was."""
+
+    num_workers: int
+    """For each KV head"""
+    parts: Tensor
+    """float32 [num_workers, 2, num_heads, head_dim] begun before the run, ended behind it"""
+    log_sums: Tensor
+    """float32 [num_workers, 2, num_heads] to the base 2"""
+    counts: Tensor
+    """int32 [num_workers, num_kv_heads] parts there are of the request that began here; zero"""
+    overlapped: bool
+    """Whether programs start while the kernel before this one ends"""
+
+
+class PagedDecoding:
+    """Triton kernel for float16, bfloat16 and float32 over blocks of 16 or more, a power of two.
+
+    Calls share memory, so they are to be in one stream.
+    """
+
+    name = "triton"
+
+    def __init__(self, tiling: Tiling | None = None) -> None:
+        self._tiling = tiling or Tiling()
+        self._workspaces: dict[tuple[torch.device, int, int, int], _Workspace] = {}
+
+    def attend(
+        self,
+        pages: Pages,
+        layer: int,
+        queries: Tensor,
+        spans: Spans,
+        window: int | None,
+        mixed: Tensor,
+    ) -> None:
+        """Writes the first num_spans tokens of [num_tokens, num_heads, head_dim]."""
+        keys, values = pages.keys[layer], pages.values[layer]
+        num_heads, head_dim = queries.shape[1:]
+        block_size, num_kv_heads = keys.shape[1:3]
+        tiling, group = self._tiling, num_heads // num_kv_heads
+        heads = triton.next_power_of_2(group)
+        space = self._workspace(queries.device, num_heads, num_kv_heads, head_dim)
+        dims = max(16, triton.next_power_of_2(head_dim))
+        num_keys = max(16, tiling.tile_bytes // (dims * queries.element_size()))
+        _attend[(space.num_workers * num_kv_heads,)](
+            queries,
+            keys,
+            values,
+            spans.block_tables,
+            spans.kv_lengths,
+            mixed,
+            space.parts,
+            space.log_sums,
+            space.counts,
+            head_dim**-0.5 * _LOG2_E,
+            spans.num_spans,
+            spans.block_tables.stride(0),
+            space.num_workers,
+            tiling.min_share,
+            SPANS=min(each for each in _SPAN_STEPS if each >= spans.num_spans),
+            WINDOW=window,
+            KV_HEADS=num_kv_heads,
+            GROUP=group,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            DIMS=dims,
+            ROWS=max(16, heads),
+            KEYS=min(num_keys, block_size),
+            BLOCK_SIZE=block_size,
+            PARTS=max(1, tiling.weighed_bytes // (heads * dims * 4)),
+            PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+            OVERLAPPED=space.overlapped,
+            num_warps=tiling.num_warps,
+            # To Triton, looking a block up is a stage of its own.
+            num_stages=2 * tiling.num_ahead + 1,
+            launch_pdl=space.overlapped,
+        )
+
+    def _workspace(
+        self, device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int
+    ) -> _Workspace:
+        """Returns the model's workspace. It stays: captured launches refer to it."""
+        key = (device, num_heads, num_kv_heads, head_dim)
+        if key not in self._workspaces:
+            num_programs = self._tiling.programs_per_processor * _num_processors(device)
+            num_workers = max(1, num_programs // num_kv_heads)
+            parts = (num_workers, 2, num_heads)
+            self._workspaces[key] = _Workspace(
+                num_workers=num_workers,
+                parts=torch.empty((*parts, head_dim), dtype=torch.float32, device=device),
+                log_sums=torch.empty(parts, dtype=torch.float32, device=device),
+                counts=torch.zeros((num_workers, num_kv_heads), dtype=torch.int32, device=device),
+                overlapped=_overlaps(device),
+            )
+        return self._workspaces[key]
+
+
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Returns whether kernels can be launched before those ahead of them have ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@triton.jit
+def _first_tile(kv_length: tl.tensor, WINDOW: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
+    """Returns the first tile of a request that its last token sees."""
+    return kv_length * 0 if WINDOW is None else tl.maximum(kv_length - WINDOW, 0) // KEYS
+
+
+@triton.jit(do_not_specialize=["num_spans", "table_stride", "num_workers", "min_share"])
+def _attend(
+    queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    tables: tl.tensor,
+    kv_lengths: tl.tensor,
+    mixed: tl.tensor,
+    parts: tl.tensor,
+    log_sums: tl.tensor,
+    counts: tl.tensor,
+    scale: float,
+    num_spans: int,
+    table_stride: int,
+    num_workers: int,
+    min_share: int,
+    SPANS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+) -> None:
+    """A program a worker and KV head. `scale` is to the base 2."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    worker = tl.program_id(0) // KV_HEADS
+    if OVERLAPPED:
+        gdc_launch_dependents()
+    spans = tl.arange(0, SPANS)
+    lengths = tl.load(kv_lengths + spans, mask=spans < num_spans, other=0)
+    tiles = tl.cdiv(lengths, KEYS) - _first_tile(lengths, WINDOW, KEYS)
+    ends = tl.cumsum(tiles, 0)
+    num_tiles = tl.sum(tiles, 0)
+    share = tl.maximum(tl.cdiv(num_tiles, num_workers), min_share)
+    run = worker * share
+    run_end = tl.minimum(run + share, num_tiles)
+    if run >= run_end:
+        return
+    first = tl.sum((ends <= run).to(tl.int32), 0)
+    last = tl.sum((ends < run_end).to(tl.int32), 0)
+    begin = tl.sum(tl.where(spans < first, tiles, 0), 0)
+
+    if OVERLAPPED:
+        gdc_wait()  # queries, and the step's own keys and values, come from the kernel before
+
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIMS)
+    in_rows, in_dims = rows < GROUP, dims < HEAD_DIM
+    in_tile = in_rows[:, None] & in_dims[None, :]
+    head = kv_head * GROUP + rows
+    inside = (tl.arange(0, KEYS) * KV_HEADS + kv_head) * HEAD_DIM  # a tile lies in one block
+    for span in range(first, last + 1):
+        kv_length = tl.load(kv_lengths + span)
+        skipped = _first_tile(kv_length, WINDOW, KEYS)
+        end = begin + tl.cdiv(kv_length, KEYS) - skipped  # of the span, in tiles of all
+        key_begin = (tl.maximum(run, begin) - begin + skipped) * KEYS
+        key_end = tl.minimum((tl.minimum(run_end, end) - begin + skipped) * KEYS, kv_length)
+        cell = tl.cast(span, tl.int64) * KV_HEADS * GROUP + head
+        at = cell[:, None] * HEAD_DIM + dims[None, :]
+        q = tl.load(queries + at, mask=in_tile, other=0.0)
+        table = tables + tl.cast(span, tl.int64) * table_stride
+
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        mix = tl.zeros([ROWS, DIMS], tl.float32)
+        for key in range(key_begin, key_end, KEYS):
+            key = tl.multiple_of(key, KEYS)
+            keys_at = key + tl.arange(0, KEYS)
+            there = keys_at < key_end
+            block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
+            tile = (block * BLOCK_SIZE + key % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
+            # What lies behind a request's end is never loaded: 0 times NaN would be NaN.
+            k = tl.load(
+                keys + tile + inside[None, :] + dims[:, None],
+                mask=there[None, :] & in_dims[:, None],
+                other=0.0,
+            )
+            scores = tl.dot(q, k, input_precision=PRECISION) * scale
+            seen = there
+            if WINDOW is not None:
+                seen &= keys_at >= kv_length - WINDOW
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            higher = tl.maximum(highest, tl.max(scores, 1))  # of at least one key that is seen
+            weights = tl.exp2(scores - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            total = total * shrink + tl.sum(weights, 1)
+            v = tl.load(
+                values + tile + inside[:, None] + dims[None, :],
+                mask=there[:, None] & in_dims[None, :],
+                other=0.0,
+            )
+            mix = tl.dot(
+                weights.to(v.dtype), v, acc=mix * shrink[:, None], input_precision=PRECISION
+            )
+            highest = higher
+
+        mix = mix / total[:, None]
+        begins, stops = begin >= run, end <= run_end
+        if begins & stops:
+            tl.store(mixed + at, mix.to(q.dtype), mask=in_tile)
+        else:
+            part = ((worker * 2 + begins.to(tl.int32)) * KV_HEADS * GROUP) + head
+            tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], mix, mask=in_tile)
+            tl.store(log_sums + part, highest + tl.log2(total), mask=in_rows)
+            tl.debug_barrier()  # all threads' stores come before the count
+            first_worker = begin // share
+            num_parts = (end - 1) // share - first_worker + 1
+            count = counts + first_worker * KV_HEADS + kv_head
+            if tl.atomic_add(count, 1, sem="acq_rel") == num_parts - 1:
+                tl.store(count, 0)
+                _weigh(
+                    parts,
+                    log_sums,
+                    mixed + tl.cast(span, tl.int64) * KV_HEADS * GROUP * HEAD_DIM,
+                    kv_head,
+                    first_worker,
+                    num_parts,
+                    KV_HEADS,
+                    GROUP,
+                    HEADS,
+                    HEAD_DIM,
+                    DIMS,
+                    PARTS,
+                )
+        begin = end
+
+
+@triton.jit
+def _weigh(
+    parts: tl.tensor,
+    log_sums: tl.tensor,
+    mixed: tl.tensor,
+    kv_head: int,
+    first_worker: int,
+    num_parts: int,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> None:
+    """Writes a span's result for the query heads of a KV head; `mixed` is the span's."""
+    heads = tl.arange(0, HEADS)
+    dims = tl.arange(0, DIMS)
+    in_heads, in_dims = heads < GROUP, dims < HEAD_DIM
+    highest = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    mix = tl.zeros([HEADS, DIMS], tl.float32)
+    for done in range(0, num_parts, PARTS):
+        nth = done + tl.arange(0, PARTS)
+        worker = first_worker + nth
+        # The span begins in its first worker's run and was begun before all others'.
+        row = (worker * 2 + (nth == 0).to(tl.int32)) * KV_HEADS + kv_head
+        at = row[:, None] * GROUP + heads[None, :]
+        there = (nth < num_parts)[:, None] & in_heads[None, :]
+        # Past the first-level cache: other multiprocessors wrote them.
+        log_sum = tl.load(log_sums + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            parts + at[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=there[:, :, None] & in_dims[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(highest, tl.max(log_sum, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # of a head that pads the group
+        weights = tl.exp2(log_sum - base[None, :])
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(weights, 0)
+        mix = mix * shrink[:, None] + tl.sum(weights[:, :, None] * part, 0)
+        highest = higher
+    out = (mix / tl.where(total == 0, 1.0, total)[:, None]).to(mixed.dtype.element_ty)
+    at = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(mixed + at, out, mask=in_heads[:, None] & in_dims[None, :])
