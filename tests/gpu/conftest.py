@@ -8,7 +8,7 @@ import torch
 
 # Triton comes with torch's CUDA builds alone. Without it these cannot be imported; without a GPU
 # they would be skipped all the same.
-collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_paged.py"]
+collect_ignore = [] if find_spec("triton") else ["test_draw.py", "test_kernels.py", "test_paged.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
