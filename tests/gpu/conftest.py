@@ -8,7 +8,12 @@ import torch
 
 # Triton comes with torch's CUDA builds alone. Without it these cannot be imported; without a GPU
 # they would be skipped all the same.
-_NEED_TRITON = ["test_decode_rows.py", "test_kernels.py", "test_triton_attention.py"]
+_NEED_TRITON = [
+    "test_decode_rows.py",
+    "test_draw.py",
+    "test_kernels.py",
+    "test_triton_attention.py",
+]
 collect_ignore = [] if find_spec("triton") else _NEED_TRITON
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tokenloom.worker.kernels import FAULTY
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
 
@@ -44,7 +45,9 @@ def test_rows_end_one_token_on_and_the_idle_one_stays() -> None:
     slots[150:] = IDLE
     positions = ends[slots]
     drawn = torch.arange(5000, 5200, dtype=torch.int32, device="cuda")
-    FusedOperations().end_decode(slots, positions, drawn, ends, tokens, IDLE)
+    faulty = torch.rand(200, device="cuda") < 0.1
+    results = FusedOperations().end_decode(slots, positions, drawn, faulty, ends, tokens, IDLE)
+    assert torch.equal(results, drawn.masked_fill(faulty, FAULTY))
     assert torch.equal(ends[slots[:150]], positions[:150] + 1)
     assert torch.equal(tokens[slots[:150], positions[:150] + 1], drawn[:150])
     assert ends[IDLE] == 0

@@ -23,14 +23,17 @@ ULP = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
 
 
 def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills with NaN what torch hands out without content, so that every cell must be written."""
+    """Fills what torch hands out without content, so that every cell must be written."""
     empty, empty_like = torch.empty, torch.empty_like
 
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        return empty(*args, **kwargs).fill_(float("nan"))  # type: ignore[call-overload, no-any-return]
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
 
-    def poisoned_like(like: Tensor) -> Tensor:
-        return empty_like(like).fill_(float("nan"))
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        return poison(empty(*args, **kwargs))  # type: ignore[call-overload]
+
+    def poisoned_like(like: Tensor, **kwargs: object) -> Tensor:
+        return poison(empty_like(like, **kwargs))  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", poisoned_like)

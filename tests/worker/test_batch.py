@@ -11,7 +11,9 @@ import torch
 from tests.worker.driver import Driver
 from tokenloom.wire.messages import Ready, Step, StepDone
 from tokenloom.worker.batch import Batch
+from tokenloom.worker.drawing import Drawn
 from tokenloom.worker.graphs import ladder
+from tokenloom.worker.kernels import FAULTY
 from tokenloom.worker.kernels.twin import TorchOperations
 from tokenloom.worker.slots import Limits, Slots
 
@@ -104,7 +106,10 @@ def test_advancing_appends_and_leaves_the_idle_row_alone() -> None:
     batch = twins.batch
     rows = torch.tensor([slot, batch.idle_slot])
     inputs = batch.decode_inputs(rows)
-    batch.advance(rows, inputs.positions, torch.tensor([77, 88], dtype=torch.int32))
+    drawn = Drawn(
+        tokens=torch.tensor([77, 0], dtype=torch.int32), faulty=torch.tensor([False, True])
+    )
+    assert batch.advance(rows, inputs.positions, drawn).tolist() == [77, FAULTY]
     assert batch.tokens[slot, :5].tolist() == [0, 1, 2, 500, 77]
     assert batch.ends(rows).tolist() == [4, 0]
     following = batch.decode_inputs(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from scipy import stats
 from tests.worker.driver import sampling
 from tokenloom.wire.messages import SamplingParams
 from tokenloom.worker.batch import SampleRows
-from tokenloom.worker.draws import exponential
+from tokenloom.worker.drawing.twin import exponential
 from tokenloom.worker.errors import ProtocolError
 from tokenloom.worker.sampling import Sampled, Sampler
 from tokenloom.worker.slots import Admitted
@@ -31,6 +31,25 @@ def logits_of(seed: int = 0) -> Float64Array:
     return np.random.default_rng(seed).normal(0, 1.5, VOCAB_SIZE)
 
 
+def admissions(
+    params: Sequence[SamplingParams],
+    slots: Iterable[int],
+    *,
+    history: Sequence[int] = HISTORY,
+    num_prompt: int = len(PROMPT),
+) -> list[Admitted]:
+    return [
+        Admitted(
+            slot=int(slot),
+            tokens=np.array(history, dtype=np.int32),
+            num_prompt_tokens=num_prompt,
+            num_computed=0,
+            sampling=each,
+        )
+        for slot, each in zip(slots, params, strict=True)
+    ]
+
+
 def sample(
     logits: torch.Tensor,
     params: Sequence[SamplingParams],
@@ -40,28 +59,16 @@ def sample(
     num_prompt: int = len(PROMPT),
 ) -> Sampled:
     """Samples a row for each of `params`, in slots of a shuffled order."""
-    num_rows = len(params)
-    device = torch.device("cpu")
+    num_rows, device = len(params), logits.device
     slots = np.random.default_rng(num_rows).permutation(num_rows).astype(np.int32)
     ends = np.array(positions or [len(history)] * num_rows, dtype=np.int32)
-    tokens = torch.zeros((num_rows, len(history) + 1), dtype=torch.int32)
+    tokens = torch.zeros((num_rows, len(history) + 1), dtype=torch.int32, device=device)
     tokens[:, : len(history)] = torch.tensor(list(history), dtype=torch.int32)
     sampler = Sampler(num_rows, logits.shape[1], device)
-    sampler.admit(
-        [
-            Admitted(
-                slot=int(slot),
-                tokens=np.array(history, dtype=np.int32),
-                num_prompt_tokens=num_prompt,
-                num_computed=0,
-                sampling=each,
-            )
-            for slot, each in zip(slots, params, strict=True)
-        ]
-    )
+    sampler.admit(admissions(params, slots, history=history, num_prompt=num_prompt))
     rows = SampleRows(
-        slots=torch.from_numpy(slots).long(),
-        ends=torch.from_numpy(ends).long(),
+        slots=torch.from_numpy(slots).long().to(device),
+        ends=torch.from_numpy(ends).long().to(device),
         host_slots=slots,
         host_ends=ends,
     )
@@ -189,11 +196,13 @@ CASES: dict[str, tuple[dict[str, object], Float64Array]] = {
 }
 
 
-def draw_counts(options: dict[str, object], logits: Float64Array) -> npt.NDArray[np.int64]:
+def draw_counts(
+    options: dict[str, object], logits: Float64Array, device: str = "cpu"
+) -> npt.NDArray[np.int64]:
     params = [sampling(seed=seed, **options) for seed in range(NUM_DRAWS)]  # type: ignore[arg-type]
-    rows = torch.from_numpy(logits).float().repeat(NUM_DRAWS, 1)
+    rows = torch.from_numpy(logits).float().repeat(NUM_DRAWS, 1).to(device)
     drawn = sample(rows, params).tokens
-    return np.bincount(drawn.numpy(), minlength=VOCAB_SIZE)
+    return np.bincount(drawn.cpu().numpy(), minlength=VOCAB_SIZE)
 
 
 def p_value(counts: npt.NDArray[np.int64], probs: Float64Array) -> float:
@@ -288,6 +297,44 @@ def test_greedy_and_random_rows_share_a_step() -> None:
     assert len(set(drawn[1::2])) > 3
 
 
+def test_a_row_is_plain_when_it_needs_no_edit_and_no_logprobs() -> None:
+    params = {
+        0: sampling(),
+        1: sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, stop_token_ids=(2,)),
+        2: sampling(presence_penalty=0.1),
+        3: sampling(frequency_penalty=0.1),
+        4: sampling(repetition_penalty=1.1),
+        5: sampling(logit_bias=((3, 1.0),)),
+        6: sampling(num_top_logprobs=0),
+        7: sampling(min_tokens=2, stop_token_ids=(2,)),
+        8: sampling(min_tokens=2),
+    }
+    sampler = Sampler(9, VOCAB_SIZE, torch.device("cpu"))
+    sampler.admit(admissions(list(params.values()), params))
+    too_short, long_enough = len(PROMPT) + 1, len(PROMPT) + 2
+
+    def plain_at(end: int) -> set[int]:
+        ends = np.array([end], dtype=np.int32)
+        return {slot for slot in params if sampler.is_plain(np.array([slot], np.int32), ends)}
+
+    assert plain_at(too_short) == {0, 1, 8}
+    assert plain_at(long_enough) == {0, 1, 7, 8}
+    assert not sampler.is_plain(np.array([0, 2], np.int32), np.array([9, 9], np.int32))
+    sampler.admit(admissions([sampling()], [2]))
+    assert sampler.is_plain(np.array([0, 2], np.int32), np.array([9, 9], np.int32))
+
+
+def test_logits_of_the_models_own_type_are_drawn_from_as_they_are() -> None:
+    logits = torch.from_numpy(LOGITS).repeat(200, 1).bfloat16()
+    params = [
+        sampling(temperature=row % 3, top_k=row % 5, top_p=0.9, seed=row) for row in range(200)
+    ]
+    narrow = sample(logits, params)
+    assert narrow.tokens.tolist() == sample(logits.float(), params).tokens.tolist()
+    edited = [*params[:-1], sampling(num_top_logprobs=2)]
+    assert sample(logits, edited).tokens[:-1].tolist() == narrow.tokens[:-1].tolist()
+
+
 def test_logprobs_are_those_after_penalties_and_before_temperature() -> None:
     params = [
         sampling(),
@@ -317,6 +364,16 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(poison: float) 
     expected = healthy.tokens.tolist()
     expected[2] = 0
     assert sampled.tokens.tolist() == expected
+
+
+def test_a_fault_is_found_in_a_step_with_edits_and_suppressed_stops_are_none() -> None:
+    logits = torch.from_numpy(LOGITS).float().repeat(3, 1)
+    logits[1, 4] = -torch.inf
+    early = sampling(temperature=1.0, top_p=0.9, min_tokens=5, stop_token_ids=(2,), seed=3)
+    sampled = sample(logits, [early, sampling(presence_penalty=1.0), early])
+    assert sampled.faulty.tolist() == [False, True, False]
+    assert int(sampled.tokens[1]) == 0
+    assert int(sampled.tokens[0]) == int(sampled.tokens[2]) != 2
 
 
 def test_equal_logits_at_the_edge_of_top_k_are_kept_together() -> None:

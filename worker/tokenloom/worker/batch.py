@@ -28,6 +28,7 @@ from tokenloom.worker.transfer import upload
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokenloom.worker.drawing import Drawn
     from tokenloom.worker.kernels import Operations
     from tokenloom.worker.slots import Changes, Limits
 
@@ -209,8 +210,18 @@ class Batch:
             ),
         )
 
-    def advance(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        """Appends the tokens that a decode drew and moves its slots on; the idle row stays."""
-        self._operations.end_decode(
-            slots, positions, tokens, self._ends, self.tokens, self.idle_slot
+    def advance(self, slots: Tensor, positions: Tensor, drawn: Drawn) -> Tensor:
+        """Appends the tokens that a decode drew and moves its slots on; the idle row stays.
+
+        Returns:
+            int32 [num_rows] the tokens as the host takes them, FAULTY for faulty rows.
+        """
+        return self._operations.end_decode(
+            slots,
+            positions,
+            drawn.tokens,
+            drawn.faulty,
+            self._ends,
+            self.tokens,
+            self.idle_slot,
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tokenloom.worker.batch import Batch, Int32Array
     from tokenloom.worker.loading import LoadedModel
-    from tokenloom.worker.sampling import Drawn, Sampler
+    from tokenloom.worker.sampling import Sampler
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -52,7 +52,7 @@ class DecodeGraphs:
         self._logits = torch.zeros(
             (max_rows, embedding.shape[0]), dtype=embedding.dtype, device=device
         )
-        self._drawn: dict[int, Drawn] = {}
+        self._results: dict[int, Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def capture(self, report: Callable[[float], None]) -> None:
@@ -69,19 +69,19 @@ class DecodeGraphs:
                 # Not `torch.cuda.graph`: it collects garbage and empties caches each time.
                 graph.capture_begin(pool=pool)
                 try:
-                    self._drawn[size] = self._compute(size)
+                    self._results[size] = self._compute(size)
                 finally:
                     graph.capture_end()
             self._graphs[size] = graph
             report((index + 1) / len(self._sizes))
         torch.cuda.synchronize(device)
 
-    def replay(self, slots: Int32Array) -> tuple[Tensor, Tensor, Drawn]:
+    def replay(self, slots: Int32Array) -> tuple[Tensor, Tensor, Tensor]:
         """Queues a decode step of [num_rows] slots.
 
         Returns:
-            The slots, the logits and what was drawn of them, [num_rows] each. The
-            next replay overwrites them all.
+            The slots, their logits and what was drawn of them, as `Batch.advance`
+            says it; [num_rows] each. The next replay overwrites them all.
         """
         num_rows = len(slots)
         size = self._sizes[bisect_left(self._sizes, num_rows)]
@@ -91,9 +91,9 @@ class DecodeGraphs:
             self._placed[:size] = wanted
             self._slots[:size].copy_(pinned(wanted), non_blocking=True)
         self._graphs[size].replay()
-        return self._slots[:num_rows], self._logits[:num_rows], self._drawn[size].first(num_rows)
+        return self._slots[:num_rows], self._logits[:num_rows], self._results[size][:num_rows]
 
-    def _compute(self, size: int) -> Drawn:
+    def _compute(self, size: int) -> Tensor:
         loaded, batch, slots = self._loaded, self._batch, self._slots[:size]
         inputs = batch.decode_inputs(slots)
         logits = loaded.decoder.forward(
@@ -104,6 +104,5 @@ class DecodeGraphs:
             attention=loaded.attention,
             out=self._logits[:size],
         )
-        drawn = self._sampler.draw(logits)
-        batch.advance(slots, inputs.positions, drawn.tokens)
-        return drawn
+        drawn = self._sampler.draw(logits, slots, inputs.positions + 1)
+        return batch.advance(slots, inputs.positions, drawn)

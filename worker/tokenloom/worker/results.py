@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from tokenloom.wire.messages import Step, StepDone, TokenLogprobs
+from tokenloom.worker.kernels import FAULTY
 from tokenloom.worker.sampling import Logprobs, Sampled
 from tokenloom.worker.transfer import download
 
 
-def download_sampled(sampled: Sampled) -> Sampled:
-    """Returns host tensors, filled once the device reached this point."""
-    logprobs = sampled.logprobs
-    if logprobs is not None:
-        logprobs = replace(
-            logprobs,
-            drawn=download(logprobs.drawn),
-            top_ids=download(logprobs.top_ids),
-            top=download(logprobs.top),
-        )
-    return Sampled(
-        tokens=download(sampled.tokens), faulty=download(sampled.faulty), logprobs=logprobs
-    )
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step tells the host."""
+
+    tokens: Tensor
+    """int32 [num_rows], FAULTY where the logits were not finite"""
+    logprobs: Logprobs | None
+
+    @staticmethod
+    def of(sampled: Sampled) -> Outcome:
+        """Returns what came of rows that were sampled."""
+        tokens = sampled.tokens.masked_fill(sampled.faulty, FAULTY)
+        return Outcome(tokens=tokens, logprobs=sampled.logprobs)
+
+    def download(self) -> Outcome:
+        """Returns host tensors, filled once the device reached this point."""
+        logprobs = self.logprobs
+        if logprobs is not None:
+            logprobs = replace(
+                logprobs,
+                drawn=download(logprobs.drawn),
+                top_ids=download(logprobs.top_ids),
+                top=download(logprobs.top),
+            )
+        return Outcome(tokens=download(self.tokens), logprobs=logprobs)
 
 
-def step_done(step: Step, sampled: Sampled | None, compute_s: float) -> StepDone:
+def step_done(step: Step, outcome: Outcome | None, compute_s: float) -> StepDone:
     """Returns the message for host tensors; None is a step that sampled nothing."""
-    if sampled is None:
-        tokens, faulty = b"", np.empty(0, dtype=np.int64)
+    if outcome is None:
+        tokens, faulty = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
         logprobs: tuple[TokenLogprobs, ...] = ()
     else:
-        tokens = sampled.tokens.numpy().astype("<i4").tobytes()
-        faulty = np.flatnonzero(sampled.faulty.numpy())
-        logprobs = _token_logprobs(sampled.logprobs, set(faulty.tolist()))
+        tokens = outcome.tokens.numpy()
+        faulty = np.flatnonzero(tokens == FAULTY)
+        logprobs = _token_logprobs(outcome.logprobs, set(faulty.tolist()))
     return StepDone(
         epoch=step.epoch,
         step_id=step.step_id,
-        tokens=tokens,
+        tokens=np.maximum(tokens, 0).astype("<i4").tobytes(),
         logprobs=logprobs,
         faulty_rows=faulty.astype("<i4").tobytes(),
         compute_s=compute_s,

@@ -22,8 +22,8 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
 from tokenloom.worker.graphs import DecodeGraphs
 from tokenloom.worker.loading import LoadedModel, find_device, load_model
-from tokenloom.worker.results import download_sampled, step_done
-from tokenloom.worker.sampling import Sampled, Sampler
+from tokenloom.worker.results import Outcome, step_done
+from tokenloom.worker.sampling import Sampler
 from tokenloom.worker.slots import Changes, Limits, Slots
 from tokenloom.worker.timing import StepClock
 from tokenloom.worker.warmup import warm_up_steps
@@ -101,17 +101,17 @@ class ModelRunner:
         changes = self._slots.apply(step)
         if self.device.type != "cuda":
             start_s = time.perf_counter()
-            sampled = self._compute(changes)
+            outcome = self._compute(changes)
             seconds = time.perf_counter() - start_s
-            return _HostPending(done=step_done(step, sampled, seconds))
+            return _HostPending(done=step_done(step, outcome, seconds))
         start, end = _event(), _event()
         start.record()
-        sampled = self._compute(changes)
-        sampled = None if sampled is None else download_sampled(sampled)
+        outcome = self._compute(changes)
+        outcome = None if outcome is None else outcome.download()
         end.record()
-        return _DevicePending(step=step, sampled=sampled, start=start, end=end, clock=self._clock)
+        return _DevicePending(step=step, outcome=outcome, start=start, end=end, clock=self._clock)
 
-    def _compute(self, changes: Changes) -> Sampled | None:
+    def _compute(self, changes: Changes) -> Outcome | None:
         """Queues all of a step; None if nothing is sampled."""
         loaded, rows = self._loaded, self._rows
         assert loaded is not None
@@ -138,25 +138,25 @@ class ModelRunner:
             return None
         return self._sample(logits, sample_rows, rows)
 
-    def _replay(self, changes: Changes, rows: _Rows, graphs: DecodeGraphs) -> Sampled:
+    def _replay(self, changes: Changes, rows: _Rows, graphs: DecodeGraphs) -> Outcome:
         """Queues a captured step, and draws again what the graph cannot."""
         host_slots = changes.span_slots
-        slots, logits, drawn = graphs.replay(host_slots)
+        slots, logits, tokens = graphs.replay(host_slots)
         host_ends = changes.span_starts + 1
-        if rows.sampler.draws_plainly(host_slots, host_ends):
-            return Sampled(tokens=drawn.tokens, faulty=drawn.faulty, logprobs=None)
+        if rows.sampler.is_plain(host_slots, host_ends):
+            return Outcome(tokens=tokens, logprobs=None)
         sample_rows = SampleRows(
             slots=slots, ends=rows.batch.ends(slots), host_slots=host_slots, host_ends=host_ends
         )
         return self._sample(logits, sample_rows, rows)
 
-    def _sample(self, logits: Tensor, sample_rows: SampleRows, rows: _Rows) -> Sampled:
+    def _sample(self, logits: Tensor, sample_rows: SampleRows, rows: _Rows) -> Outcome:
         assert self._slots is not None
         sampled = rows.sampler.sample(
             logits, sample_rows, rows.batch.tokens, self._slots.num_prompt_tokens
         )
         rows.batch.append(sample_rows.slots, sample_rows.ends, sampled.tokens)
-        return sampled
+        return Outcome.of(sampled)
 
     def _prepare(
         self,
@@ -205,7 +205,7 @@ class _HostPending:
 @dataclass(frozen=True, kw_only=True)
 class _DevicePending:
     step: Step
-    sampled: Sampled | None
+    outcome: Outcome | None
     """On the host, once `end` is reached."""
     start: torch.cuda.Event
     end: torch.cuda.Event
@@ -217,7 +217,7 @@ class _DevicePending:
 
     def result(self) -> StepDone:
         self.end.synchronize()
-        return step_done(self.step, self.sampled, self.clock.add(self.start, self.end))
+        return step_done(self.step, self.outcome, self.clock.add(self.start, self.end))
 
 
 def _event() -> torch.cuda.Event:

@@ -2,10 +2,11 @@
 
 What happens to a row's logits, in this order:
 
-    1  repetition penalty     tokens of prompt and completion: > 0 divided, < 0 multiplied
-    2  presence, frequency    completion alone: subtracted once, and once for each occurrence
-    3  logit bias             added
-    4  min_tokens             stop tokens are -inf while the completion is too short
+       ┌ edits: rare, so the host looks for rows that have any
+    1  │ repetition penalty   tokens of prompt and completion: > 0 divided, < 0 multiplied
+    2  │ presence, frequency  completion alone: subtracted once, and once for each occurrence
+    3  │ logit bias           added
+    4  └ min_tokens           stop tokens are -inf while the completion is too short
        ── log probabilities are those of the logits as they are here ──
     5  temperature            0 takes the largest logit and leaves out the rest
     6  top_k                  the k largest
@@ -16,6 +17,9 @@ Tokens whose logits are equal to the smallest one kept are kept as well. From
 what is left one token is drawn by an exponential race: argmax(logit - log E),
 E exponential. E is a function of (seed, position, token) alone, so a row's draw
 depends on nothing but its own seed, position and logits.
+
+From temperature to race it is one `draw` for rows of every kind, which reads their
+parameters on the device. A CUDA graph may hold it: rows that are plain need no more.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import numpy as np
 import torch
 
 from tokenloom.worker.batch import Int32Array, SampleRows
-from tokenloom.worker.draws import exponential
+from tokenloom.worker.drawing import Drawn, DrawTable, choose_drawing
 from tokenloom.worker.errors import ProtocolError
 from tokenloom.worker.transfer import upload
 
@@ -39,8 +43,7 @@ if TYPE_CHECKING:
     from tokenloom.wire.messages import SamplingParams
     from tokenloom.worker.slots import Admitted
 
-_MIN_TEMPERATURE = 1e-6
-"""Below it quotients could overflow; there only the likeliest token has a chance anyway."""
+_NEVER = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +63,6 @@ class Logprobs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """What was drawn for the rows of a step, on the device."""
-
-    tokens: Tensor
-    """int32 [num_rows]"""
-    faulty: Tensor
-    """bool [num_rows] the logits were not finite; the token is 0"""
-
-    def first(self, num_rows: int) -> Drawn:
-        """Returns the first rows."""
-        return Drawn(tokens=self.tokens[:num_rows], faulty=self.faulty[:num_rows])
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sampled:
     """What came of a step's rows, on the device."""
 
@@ -85,22 +74,26 @@ class Sampled:
 
 
 class Sampler:
-    """Keeps each slot's parameters: numbers on the device, on the host what decides the path."""
+    """Keeps each slot's parameters: numbers on the device, on the host what asks for edits."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._params: list[SamplingParams | None] = [None] * num_slots
-        # The columns of `_floats` and `_ints` are written by `admit` and named by `_draw` and
-        # `_penalize`.
-        self._floats = torch.zeros((num_slots, 6), device=device)
-        self._ints = torch.zeros((num_slots, 3), dtype=torch.int32, device=device)
-        self._is_random = np.zeros(num_slots, dtype=np.bool_)
-        self._is_restricted = np.zeros(num_slots, dtype=np.bool_)
+        self._drawing = choose_drawing(device)
+        # One row more: the batch's idle row draws, too.
+        self._table = DrawTable(
+            floats=torch.zeros((num_slots + 1, 3), device=device),
+            ints=torch.zeros((num_slots + 1, 3), dtype=torch.int32, device=device),
+        )
+        self._penalties = torch.zeros((num_slots, 3), device=device)
+        """[num_slots, 3] repetition, presence, frequency"""
         self._is_penalized = np.zeros(num_slots, dtype=np.bool_)
         self._is_biased = np.zeros(num_slots, dtype=np.bool_)
         self._min_length = np.zeros(num_slots, dtype=np.int32)  # with the prompt; 0: no stops
         self._wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
+        self._plain_from = np.zeros(num_slots, dtype=np.int32)
+        """[num_slots] position from which on a draw is all that a row needs"""
 
     def admit(self, admitted: Sequence[Admitted]) -> None:
         """Takes in the parameters of requests that enter their slots. Raises ProtocolError."""
@@ -122,8 +115,6 @@ class Sampler:
             seed = np.array([params.seed], dtype=np.uint64).view(np.int32)
             ints[row] = (min(params.top_k, self._vocab_size), seed[0], seed[1])
             self._params[slot] = params
-            self._is_random[slot] = params.temperature > 0
-            self._is_restricted[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
             self._is_penalized[slot] = (
                 params.repetition_penalty != 1
                 or params.presence_penalty != 0
@@ -134,25 +125,63 @@ class Sampler:
                 entry.num_prompt_tokens + params.min_tokens if params.stop_token_ids else 0
             )
             self._wants_logprobs[slot] = params.num_top_logprobs is not None
+            is_never_plain = (
+                self._is_penalized[slot] or self._is_biased[slot] or self._wants_logprobs[slot]
+            )
+            self._plain_from[slot] = _NEVER if is_never_plain else self._min_length[slot]
         slots = np.array([entry.slot for entry in admitted], dtype=np.int32)
         device_slots, device_floats, device_ints = upload(self._device, slots, floats, ints)
-        self._floats[device_slots.long()] = device_floats
-        self._ints[device_slots.long()] = device_ints
+        index = device_slots.long()
+        self._table.floats[index] = device_floats[:, :3]
+        self._table.ints[index] = device_ints
+        self._penalties[index] = device_floats[:, 3:]
+
+    def is_plain(self, slots: Int32Array, ends: Int32Array) -> bool:
+        """Returns whether `draw` is all that rows at these positions need: no edits, no logprobs.
+
+        Both are [num_rows], on the host.
+        """
+        return bool((ends >= self._plain_from[slots]).all())
+
+    def draw(self, logits: Tensor, slots: Tensor, ends: Tensor) -> Drawn:
+        """Draws a token for each of the rows, which must be plain; work for the device alone.
+
+        Args:
+            logits: [num_rows, vocab_size] in the model's type, contiguous.
+            slots: Integers [num_rows]
+            ends: Integers [num_rows] positions of the tokens to be drawn.
+        """
+        return self._drawing.draw(logits, self._table, slots, ends, masked=False)
 
     def sample(
         self, logits: Tensor, rows: SampleRows, tokens: Tensor, num_prompt_tokens: Int32Array
     ) -> Sampled:
-        """Draws a token for each row.
+        """Draws a token for each row, after edits and with log probabilities where asked for.
 
         Args:
-            logits: [num_rows, vocab_size] in any float type.
+            logits: [num_rows, vocab_size] in the model's type; float32 ones are edited in place.
             rows: Their slots and the positions of the tokens to be drawn.
             tokens: int32 [num_slots, max_tokens], each slot's tokens so far.
             num_prompt_tokens: [num_slots]
         """
-        logits = logits.float()
-        faulty = ~logits.isfinite().all(dim=-1)
         slots = rows.host_slots
+        if self.is_plain(slots, rows.host_ends):
+            drawn = self.draw(logits, rows.slots, rows.ends)
+            return Sampled(tokens=drawn.tokens, faulty=drawn.faulty, logprobs=None)
+        faulty = ~logits.isfinite().all(dim=-1)
+        logits = self._edited(logits, rows, tokens, num_prompt_tokens)
+        drawn = self._drawing.draw(logits, self._table, rows.slots, rows.ends, masked=True)
+        sampled = drawn.tokens.masked_fill_(faulty, 0)
+        return Sampled(
+            tokens=sampled, faulty=faulty, logprobs=self._logprobs(logits, sampled, slots)
+        )
+
+    def _edited(
+        self, logits: Tensor, rows: SampleRows, tokens: Tensor, num_prompt_tokens: Int32Array
+    ) -> Tensor:
+        """Returns float32 logits with penalties, biases and no stop token that comes too early."""
+        slots = rows.host_slots
+        logits = logits.float()
         penalized = np.flatnonzero(self._is_penalized[slots])
         if len(penalized):
             self._penalize(logits, rows, penalized, tokens, num_prompt_tokens)
@@ -161,34 +190,7 @@ class Sampler:
         too_short = np.flatnonzero(rows.host_ends < self._min_length[slots])
         if len(too_short):
             self._suppress_stops(logits, slots, too_short)
-        drawn = logits.argmax(dim=-1)
-        random = np.flatnonzero(self._is_random[slots])
-        if len(random):
-            index = self._index(random)
-            restricted = bool(self._is_restricted[slots[random]].any())
-            drawn[index] = self._draw(
-                logits[index], rows.slots[index], rows.ends[index], restricted=restricted
-            )
-        drawn.masked_fill_(faulty, 0)
-        return Sampled(
-            tokens=drawn.int(), faulty=faulty, logprobs=self._logprobs(logits, drawn, slots)
-        )
-
-    def draws_plainly(self, slots: Int32Array, ends: Int32Array) -> bool:
-        """Returns whether `draw` does all that rows at these positions ask for."""
-        return not (
-            self._is_random[slots].any()
-            or self._is_penalized[slots].any()
-            or self._is_biased[slots].any()
-            or self._wants_logprobs[slots].any()
-            or (ends < self._min_length[slots]).any()
-        )
-
-    @staticmethod
-    def draw(logits: Tensor) -> Drawn:
-        """Takes the likeliest token of each row of [num_rows, vocab_size] logits."""
-        faulty = ~logits.isfinite().all(dim=-1)
-        return Drawn(tokens=logits.argmax(dim=-1).masked_fill(faulty, 0).int(), faulty=faulty)
+        return logits
 
     def _check(self, params: SamplingParams, slot: int) -> None:
         for token, _ in params.logit_bias:
@@ -223,7 +225,7 @@ class Sampler:
         counts = torch.zeros((len(penalized), self._vocab_size), device=self._device)
         seen = counts.scatter_add(1, ids, known.float()) > 0
         counts.scatter_add_(1, ids, (known & (places >= prompts)).float())
-        repetition, presence, frequency = self._floats[slots, 3:].unsqueeze(-1).unbind(1)
+        repetition, presence, frequency = self._penalties[slots].unsqueeze(-1).unbind(1)
         plain = logits[index.long()]
         repeated = torch.where(plain > 0, plain / repetition, plain * repetition)
         plain = torch.where(seen, repeated, plain)
@@ -258,19 +260,6 @@ class Sampler:
             index, columns = upload(self._device, pairs[:, 0].copy(), pairs[:, 1].copy())
             logits[index.long(), columns.long()] = -torch.inf
 
-    def _draw(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, *, restricted: bool
-    ) -> Tensor:
-        """Returns int64 [num_random] for rows with a temperature."""
-        temperature, top_p, min_p = self._floats[slots, :3].unsqueeze(-1).unbind(1)
-        scores = logits / temperature.clamp_min(_MIN_TEMPERATURE)
-        top_k, seed_low, seed_high = self._ints[slots].long().unbind(1)
-        if restricted:
-            smallest = _smallest_kept(scores, top_k[:, None], top_p, min_p)
-            scores = scores.masked_fill(scores < smallest, -torch.inf)
-        seeds = (seed_high << 32) | (seed_low & 0xFFFFFFFF)
-        return (scores - exponential(seeds, positions, self._vocab_size).log()).argmax(dim=-1)
-
     def _logprobs(self, logits: Tensor, drawn: Tensor, slots: Int32Array) -> Logprobs | None:
         rows = np.flatnonzero(self._wants_logprobs[slots])
         if not len(rows):
@@ -284,7 +273,7 @@ class Sampler:
         return Logprobs(
             rows=rows.astype(np.int32),
             num_top=num_top,
-            drawn=logprobs.gather(1, drawn[index, None]).squeeze(1),
+            drawn=logprobs.gather(1, drawn[index, None].long()).squeeze(1),
             top_ids=top_ids.int(),
             top=top,
         )
@@ -293,19 +282,3 @@ class Sampler:
         params = self._params[slot]
         assert params is not None
         return params
-
-
-def _smallest_kept(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Returns [num_rows, 1]: the smallest score that top_k, top_p and min_p leave over.
-
-    `scores` is [num_rows, vocab_size], the others [num_rows, 1]; a top_k of 0 keeps all.
-    """
-    vocab_size = scores.shape[1]
-    ordered = scores.sort(dim=-1, descending=True).values
-    kth = ordered.gather(1, torch.where(top_k > 0, top_k, vocab_size) - 1)
-    probs = ordered.masked_fill(ordered < kth, -torch.inf).softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # [num_rows, vocab_size] mass of the likelier ones
-    kept = (ordered >= kth) & (probs >= min_p * probs[:, :1])
-    # A sum that rounding carries to 1 must not cut the tail where top_p keeps all.
-    kept &= (before < top_p) | (top_p >= 1)
-    return ordered.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)

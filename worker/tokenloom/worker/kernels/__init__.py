@@ -5,7 +5,7 @@ and as the reference in tests), `fused` with a Triton kernel each on CUDA.
 `choose_operations` is the one place that decides.
 """
 
-from tokenloom.worker.kernels.base import Operations
+from tokenloom.worker.kernels.base import FAULTY, Operations
 from tokenloom.worker.kernels.choose import choose_operations
 
-__all__ = ["Operations", "choose_operations"]
+__all__ = ["FAULTY", "Operations", "choose_operations"]

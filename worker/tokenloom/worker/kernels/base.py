@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FAULTY = -1
+"""Stands for the token of a row whose logits were not finite."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeRows:
     """Where each row of a decode step stands."""
@@ -53,13 +57,24 @@ class Operations(Protocol):
         slots: Tensor,
         positions: Tensor,
         drawn: Tensor,
+        faulty: Tensor,
         ends: Tensor,
         tokens: Tensor,
         idle_slot: int,
-    ) -> None:
-        """Writes int32 [num_rows] drawn tokens behind their slots' last ones, moves `ends` on.
+    ) -> Tensor:
+        """Appends what was drawn to the slots and moves their ends on; the idle slot's stays.
 
-        The idle slot's end stays. Others as in `begin_decode`.
+        Args:
+            slots: As in `begin_decode`, like ends and tokens.
+            positions: int64 [num_rows] of the tokens that were computed.
+            drawn: int32 [num_rows].
+            faulty: bool [num_rows] rows whose logits were not finite.
+            ends: Changed in place.
+            tokens: Changed in place.
+            idle_slot: The one that is nobody's.
+
+        Returns:
+            int32 [num_rows] drawn tokens, FAULTY for faulty rows.
         """
 
     def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:

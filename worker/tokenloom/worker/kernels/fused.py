@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenloom.worker.kernels.base import DecodeRows
+from tokenloom.worker.kernels.base import FAULTY, DecodeRows
 
 _TILE_HEADS = 8
 _TILE_COLUMNS = 1024
@@ -59,14 +59,27 @@ class FusedOperations:
         slots: Tensor,
         positions: Tensor,
         drawn: Tensor,
+        faulty: Tensor,
         ends: Tensor,
         tokens: Tensor,
         idle_slot: int,
-    ) -> None:
-        """Writes int32 [num_rows] drawn tokens behind their slots' last ones, moves `ends` on."""
+    ) -> Tensor:
+        """Appends what was drawn to the slots and moves their ends on; the idle slot's stays."""
+        results = torch.empty_like(drawn)
         _end_decode[(len(slots),)](
-            slots, positions, drawn, ends, tokens, tokens.shape[1], idle_slot, num_warps=1
+            slots,
+            positions,
+            drawn,
+            faulty,
+            ends,
+            tokens,
+            results,
+            tokens.shape[1],
+            idle_slot,
+            FAULTY=FAULTY,
+            num_warps=1,
         )
+        return results
 
     def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
@@ -160,18 +173,23 @@ def _end_decode(
     slots: tl.tensor,
     positions: tl.tensor,
     drawn: tl.tensor,
+    faulty: tl.tensor,
     ends: tl.tensor,
     tokens: tl.tensor,
+    results: tl.tensor,
     max_tokens: int,
     idle_slot: int,
+    FAULTY: tl.constexpr,
 ) -> None:
-    """A program a row; those of the idle slot, which are many, write nothing."""
+    """A program a row; those of the idle slot, which are many, write nothing to it."""
     row = tl.program_id(0)
     slot = tl.load(slots + row)
     following = tl.load(positions + row) + 1
+    token = tl.load(drawn + row)
+    tl.store(results + row, tl.where(tl.load(faulty + row), FAULTY, token))
     if slot != idle_slot:
         tl.store(ends + slot, following)
-        tl.store(tokens + slot * max_tokens + following, tl.load(drawn + row))
+        tl.store(tokens + slot * max_tokens + following, token)
 
 
 def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenloom.worker.kernels.base import DecodeRows
+from tokenloom.worker.kernels.base import FAULTY, DecodeRows
 from tokenloom.worker.rotary import rotate
 
 
@@ -35,13 +35,15 @@ class TorchOperations:
         slots: Tensor,
         positions: Tensor,
         drawn: Tensor,
+        faulty: Tensor,
         ends: Tensor,
         tokens: Tensor,
         idle_slot: int,
-    ) -> None:
-        """Writes int32 [num_rows] drawn tokens behind their slots' last ones, moves `ends` on."""
+    ) -> Tensor:
+        """Appends what was drawn to the slots and moves their ends on; the idle slot's stays."""
         tokens[slots, positions + 1] = drawn
         ends[slots] = positions + (slots != idle_slot)
+        return drawn.masked_fill(faulty, FAULTY)
 
     def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
