@@ -5,7 +5,9 @@
 Needs a CUDA device. Every kernel runs in a CUDA graph over inputs that together
 exceed the L2 cache, beside what it replaces: decoding attention beside
 flash-attn-4 where that is installed, the fused operations beside their torch
-twins. Heads and sizes are Llama-3-8B's. Prints a table.
+twins, the matmuls of a layer and of the head, with norms and all but attention,
+beside the dense library's. Heads and sizes are Llama-3-8B's, for matmuls also
+Qwen3-0.6B's. Prints a table.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from torch import Tensor
 from tokenloom.worker.attention import Attention, Pages, Spans
 from tokenloom.worker.attention.flash import FlashAttention, why_not_flash
 from tokenloom.worker.attention.paged import PagedAttention
-from tokenloom.worker.kernels import Operations
+from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
+from tokenloom.worker.weights import Linear
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -34,6 +37,7 @@ BLOCK_SIZE = 128
 DECODES = ((1, 1024), (1, 16384), (1, 32768), (8, 4096), (32, 1024), (64, 2048), (256, 1024))
 """(batch, context)"""
 NUM_TOKENS = (1, 32, 256, 8192)
+NUM_ROWS = (1, 2, 4, 8, 16, 32)
 FRESH_BYTES = 256 * 1024**2
 """Of inputs in turn: several times the L2 cache."""
 NUM_REPLAYS = 7
@@ -202,10 +206,120 @@ OPERATIONS: dict[str, Callable[[Operations, int], Work]] = {
 }
 
 
+class LibraryOperations(FusedOperations):
+    """The fused operations, with all matmuls left to the dense library."""
+
+    name = "library"
+    norm_linear = Operations.norm_linear
+    norm_gate_up = Operations.norm_gate_up
+    add_linear = Operations.add_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a model, as far as its matmuls go."""
+
+    num_layers: int
+    """That together exceed the cache"""
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    vocab_size: int
+
+
+MODELS = {
+    "llama": Sizes(
+        num_layers=4,
+        hidden_size=HIDDEN_SIZE,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        intermediate_size=INTERMEDIATE_SIZE,
+        vocab_size=128256,
+    ),
+    "qwen": Sizes(
+        num_layers=20,
+        hidden_size=1024,
+        num_heads=16,
+        num_kv_heads=8,
+        intermediate_size=3072,
+        vocab_size=151936,
+    ),
+}
+
+
+def linear(num_outputs: int, num_inputs: int) -> Linear:
+    """Returns a matrix that leaves the size of numbers as it is."""
+    weight = normal(num_outputs, num_inputs).mul_(num_inputs**-0.5)
+    return Linear(weight=weight, bias=None)
+
+
+def linear_rows(models: Sequence[str]) -> Iterator[Row]:
+    """Yields a layer's matmuls and the head's, ours and the library's."""
+    for name in models:
+        sizes = MODELS[name]
+        num_q, hidden_size = sizes.num_heads * HEAD_DIM, sizes.hidden_size
+        layers = [
+            (
+                linear(num_q + 2 * sizes.num_kv_heads * HEAD_DIM, hidden_size),
+                linear(hidden_size, num_q),
+                linear(2 * sizes.intermediate_size, hidden_size),
+                linear(hidden_size, sizes.intermediate_size),
+            )
+            for _ in range(sizes.num_layers)
+        ]
+        head = linear(sizes.vocab_size, hidden_size)
+        for num_rows in NUM_ROWS:
+            for operations in (FusedOperations(), LibraryOperations()):
+                seconds = seconds_each(layers_call(operations, layers, num_rows), 1)
+                yield Row(
+                    kernel=f"{name} layer",
+                    shape=f"{num_rows} rows",
+                    backend=operations.name,
+                    seconds=seconds / sizes.num_layers,
+                    num_bytes=sum(each.weight.nbytes for each in layers[0]),
+                )
+                yield Row(
+                    kernel=f"{name} head",
+                    shape=f"{num_rows} rows",
+                    backend=operations.name,
+                    seconds=seconds_each(head_call(operations, head, num_rows), 2),
+                    num_bytes=head.weight.nbytes,
+                )
+
+
+def layers_call(
+    operations: Operations, layers: Sequence[tuple[Linear, ...]], num_rows: int
+) -> Callable[[int], object]:
+    """Returns a call that runs layers whose attention returns the first of its inputs."""
+    hidden_size = layers[0][0].weight.shape[1]
+    hidden, gain = normal(num_rows, hidden_size), normal(hidden_size)
+
+    def call(_: int) -> Tensor:
+        residual = Residual(hidden)
+        for qkv, output, gate_up, down in layers:
+            heads = operations.norm_linear(residual, gain, 1e-5, qkv)
+            num_q = output.weight.shape[1]
+            mixed = heads.view(-1)[: num_rows * num_q].view(num_rows, num_q)
+            operations.add_linear(residual, mixed, output)
+            activated = operations.norm_gate_up(residual, gain, 1e-5, gate_up)
+            operations.add_linear(residual, activated, down)
+        return residual.sum()
+
+    return call
+
+
+def head_call(operations: Operations, head: Linear, num_rows: int) -> Callable[[int], object]:
+    """Returns a call that computes logits."""
+    hidden, update = (normal(num_rows, head.weight.shape[1]) for _ in range(2))
+    gain, out = normal(head.weight.shape[1]), normal(num_rows, len(head.weight))
+    return lambda _: operations.norm_linear(Residual(hidden, update), gain, 1e-5, head, out)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Bandwidth of the worker's kernels.")
-    names = ("attend", *OPERATIONS)
+    names = ("attend", *OPERATIONS, "linear")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--processors",
@@ -225,6 +339,9 @@ def main() -> None:
                 print(row, flush=True)
         for row in operation_rows(args.only):
             print(row, flush=True)
+        if "linear" in args.only:
+            for row in linear_rows(tuple(MODELS)):
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

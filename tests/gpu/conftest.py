@@ -9,7 +9,9 @@ import torch
 # Triton comes with torch's CUDA builds alone. Without it these cannot be imported; without a GPU
 # they would be skipped all the same.
 collect_ignore = (
-    [] if find_spec("triton") else ["test_decode_rows.py", "test_kernels.py", "test_paged.py"]
+    []
+    if find_spec("triton")
+    else ["test_decode_rows.py", "test_kernels.py", "test_linear.py", "test_paged.py"]
 )
 
 
