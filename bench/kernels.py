@@ -5,8 +5,9 @@
 Needs a CUDA device. Every kernel runs in a CUDA graph over inputs that together
 exceed the L2 cache, beside what it replaces: attention as it is chosen for a step
 beside each backend that works there, the fused operations beside their torch
-twins. Sizes are Llama-3-8B's; attention is measured with Qwen3-0.6B's heads as
-well. Prints a table.
+twins, the matmuls of a layer and of the head, with norms and all but attention,
+beside the dense library's. Sizes are Llama-3-8B's; attention is measured with
+Qwen3-0.6B's heads and matmuls with its sizes as well. Prints a table.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from tokenloom.worker.attention import Attention, Pages, Spans, choose_attention
 from tokenloom.worker.errors import LoadError
-from tokenloom.worker.kernels import Operations
+from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
 from tokenloom.worker.options import ATTENTION_NAMES
+from tokenloom.worker.weights import Linear
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -46,6 +48,7 @@ DECODES = (
 MIXED = ((64, 1024), (256, 2048))
 """(requests that decode at a context of 1,024, tokens of one prompt)"""
 NUM_TOKENS = (1, 32, 256, 8192)
+NUM_ROWS = (1, 2, 4, 8, 16, 32)
 FRESH_BYTES = 256 * 1024**2
 """Of inputs in turn: several times the L2 cache."""
 NUM_REPLAYS = 7
@@ -103,17 +106,38 @@ def normal(*shape: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The attention of a model."""
+    """The sizes of a model's layers."""
 
     name: str
+    num_layers: int
+    """Whose matrices together exceed the cache"""
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int = 128
+    intermediate_size: int
+    vocab_size: int
+    head_dim: int = HEAD_DIM
 
 
 MODELS = (
-    Model(name="llama-3-8b", num_heads=32, num_kv_heads=8),
-    Model(name="qwen3-0.6b", num_heads=16, num_kv_heads=8),
+    Model(
+        name="llama-3-8b",
+        num_layers=4,
+        hidden_size=HIDDEN_SIZE,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        intermediate_size=INTERMEDIATE_SIZE,
+        vocab_size=128256,
+    ),
+    Model(
+        name="qwen3-0.6b",
+        num_layers=20,
+        hidden_size=1024,
+        num_heads=16,
+        num_kv_heads=8,
+        intermediate_size=3072,
+        vocab_size=151936,
+    ),
 )
 
 
@@ -281,10 +305,86 @@ OPERATIONS: dict[str, Callable[[Operations, int], Work]] = {
 }
 
 
+class LibraryOperations(FusedOperations):
+    """The fused operations, with all matmuls left to the dense library."""
+
+    name = "library"
+    norm_linear = Operations.norm_linear
+    norm_gate_up = Operations.norm_gate_up
+    add_linear = Operations.add_linear
+
+
+def linear(num_outputs: int, num_inputs: int) -> Linear:
+    """Returns a matrix that leaves the size of numbers as it is."""
+    weight = normal(num_outputs, num_inputs).mul_(num_inputs**-0.5)
+    return Linear(weight=weight, bias=None)
+
+
+def linear_rows() -> Iterator[Row]:
+    """Yields a layer's matmuls and the head's, ours and the library's."""
+    for model in MODELS:
+        num_q, hidden_size = model.num_heads * model.head_dim, model.hidden_size
+        layers = [
+            (
+                linear(num_q + 2 * model.num_kv_heads * model.head_dim, hidden_size),
+                linear(hidden_size, num_q),
+                linear(2 * model.intermediate_size, hidden_size),
+                linear(hidden_size, model.intermediate_size),
+            )
+            for _ in range(model.num_layers)
+        ]
+        head = linear(model.vocab_size, hidden_size)
+        for num_rows in NUM_ROWS:
+            for operations in (FusedOperations(), LibraryOperations()):
+                seconds = seconds_each(layers_call(operations, layers, num_rows), 1)
+                yield Row(
+                    kernel=f"{model.name} layer",
+                    shape=f"{num_rows} rows",
+                    backend=operations.name,
+                    seconds=seconds / model.num_layers,
+                    num_bytes=sum(each.weight.nbytes for each in layers[0]),
+                )
+                yield Row(
+                    kernel=f"{model.name} head",
+                    shape=f"{num_rows} rows",
+                    backend=operations.name,
+                    seconds=seconds_each(head_call(operations, head, num_rows), 2),
+                    num_bytes=head.weight.nbytes,
+                )
+
+
+def layers_call(
+    operations: Operations, layers: Sequence[tuple[Linear, ...]], num_rows: int
+) -> Callable[[int], object]:
+    """Returns a call that runs layers whose attention returns the first of its inputs."""
+    hidden_size = layers[0][0].weight.shape[1]
+    hidden, gain = normal(num_rows, hidden_size), normal(hidden_size)
+
+    def call(_: int) -> Tensor:
+        residual = Residual(hidden)
+        for qkv, output, gate_up, down in layers:
+            heads = operations.norm_linear(residual, gain, 1e-5, qkv)
+            num_q = output.weight.shape[1]
+            mixed = heads.view(-1)[: num_rows * num_q].view(num_rows, num_q)
+            operations.add_linear(residual, mixed, output)
+            activated = operations.norm_gate_up(residual, gain, 1e-5, gate_up)
+            operations.add_linear(residual, activated, down)
+        return residual.sum()
+
+    return call
+
+
+def head_call(operations: Operations, head: Linear, num_rows: int) -> Callable[[int], object]:
+    """Returns a call that computes logits."""
+    hidden, update = (normal(num_rows, head.weight.shape[1]) for _ in range(2))
+    gain, out = normal(head.weight.shape[1]), normal(num_rows, len(head.weight))
+    return lambda _: operations.norm_linear(Residual(hidden, update), gain, 1e-5, head, out)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Bandwidth of the worker's kernels.")
-    names = ("attend", *OPERATIONS)
+    names = ("attend", *OPERATIONS, "linear")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -296,6 +396,9 @@ def main() -> None:
                 print(row, flush=True)
         for row in operation_rows(args.only):
             print(row, flush=True)
+        if "linear" in args.only:
+            for row in linear_rows():
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

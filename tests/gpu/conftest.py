@@ -12,6 +12,7 @@ _NEED_TRITON = [
     "test_decode_rows.py",
     "test_draw.py",
     "test_kernels.py",
+    "test_linear.py",
     "test_triton_attention.py",
 ]
 collect_ignore = [] if find_spec("triton") else _NEED_TRITON

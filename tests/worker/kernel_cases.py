@@ -12,8 +12,9 @@ from torch import Tensor
 from tests.worker.attention_cases import AttentionCase, make_case
 from tokenloom.worker.attention import Attention, Pages
 from tokenloom.worker.attention.reference import ReferenceAttention
-from tokenloom.worker.kernels import Operations
+from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
+from tokenloom.worker.weights import Linear
 
 EPS = 1e-6
 ATTENTION_ERROR = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 5e-6}
@@ -161,3 +162,58 @@ def assert_activates_like_its_twin(
         rtol=2 * ULP[dtype],
         atol=2e-6,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCase:
+    """Rows, a matrix that takes them, one that takes gated halves of its result, and a norm."""
+
+    hidden: Tensor
+    norm_weight: Tensor
+    wide: Linear
+    """[2 * num_outputs, num_inputs]"""
+    narrow: Linear
+    """[num_inputs, num_outputs]"""
+
+    def apply(self, operations: Operations) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what each operation with a matmul makes of it."""
+        residual = Residual(self.hidden.clone())
+        product = operations.norm_linear(residual, self.norm_weight, EPS, self.wide)
+        gated = operations.norm_gate_up(residual, self.norm_weight, EPS, self.wide)
+        operations.add_linear(residual, product[:, : gated.shape[1]].contiguous(), self.narrow)
+        return product, gated, residual.sum()
+
+
+def linear_case(
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    *,
+    bias: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> LinearCase:
+    rng = torch.Generator(device).manual_seed(num_rows + num_outputs + num_inputs)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device)
+
+    def linear(num_outputs: int, num_inputs: int) -> Linear:
+        weight = normal(num_outputs, num_inputs) * num_inputs**-0.5
+        own = normal(num_outputs).to(dtype) if bias else None
+        return Linear(weight=weight.to(dtype), bias=own)
+
+    return LinearCase(
+        hidden=(3 * normal(num_rows, num_inputs)).to(dtype),
+        norm_weight=(1 + 0.2 * normal(num_inputs)).to(dtype),
+        wide=linear(2 * num_outputs, num_inputs),
+        narrow=linear(num_inputs, num_outputs),
+    )
+
+
+def assert_multiplies_like_its_twin(operations: Operations, case: LinearCase) -> None:
+    for mine, expected in zip(case.apply(operations), case.apply(TorchOperations()), strict=True):
+        assert mine.shape == expected.shape
+        wrong = (mine.double() - expected.double()).norm(dim=1)
+        # Few results fall on the other side of a rounding; no row is wrong on its own.
+        assert float((wrong / expected.double().norm(dim=1)).max()) < ULP[mine.dtype] / 2

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional
 
+from tokenloom.worker.kernels import Residual
+
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Attention, Pages, Spans
     from tokenloom.worker.config import ModelConfig
@@ -62,25 +64,20 @@ class Decoder:
             [num_rows, vocab_size] logits in the model's type.
         """
         eps, ops = self._config.rms_norm_eps, self.operations
-        hidden = functional.embedding(tokens, self._weights.embedding)  # [num_tokens, hidden_size]
+        residual = Residual(functional.embedding(tokens, self._weights.embedding))
         angles = self._rotary[positions]  # [num_tokens, 2, head_dim / 2]
-        update: Tensor | None = None  # what a layer adds to hidden, with the next one's norm
         for index, layer in enumerate(self._weights.layers):
-            if update is None:
-                normed = ops.norm(hidden, layer.attention_norm, eps)
-            else:
-                normed = ops.add_norm(hidden, update, layer.attention_norm, eps)
+            # Rows of num_heads + 2 * num_kv_heads heads, side by side.
+            qkv = ops.norm_linear(residual, layer.attention_norm, eps, layer.qkv)
             keys, values = pages.keys[index], pages.values[index]
             norms = None
             if layer.q_norm is not None and layer.k_norm is not None:
                 norms = (layer.q_norm, layer.k_norm)
-            qkv = layer.qkv(normed)  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
             queries = ops.place_heads(qkv, angles, spans.places, keys, values, norms, eps)
             mixed = attention.attend(pages, index, queries, spans, self._config.windows[index])
-            normed = ops.add_norm(hidden, layer.output(mixed.flatten(1)), layer.mlp_norm, eps)
-            update = layer.down(ops.silu_mul(layer.gate_up(normed)))
-        assert update is not None
+            ops.add_linear(residual, mixed.flatten(1), layer.output)
+            activated = ops.norm_gate_up(residual, layer.mlp_norm, eps, layer.gate_up)
+            ops.add_linear(residual, activated, layer.down)
         if rows is not None:
-            hidden, update = hidden[rows], update[rows]
-        last = ops.add_norm(hidden, update, self._weights.final_norm, eps)
-        return self._weights.head(last, out)
+            residual = residual.at(rows)
+        return ops.norm_linear(residual, self._weights.final_norm, eps, self._weights.head, out)

@@ -19,9 +19,6 @@ request that goes on behind it.
 All query heads that share a KV head are computed together, so keys and values
 are read once for all of them. The grid depends on the device and the model alone:
 nothing waits for the host, and a captured launch stays right as requests grow.
-
-Where the hardware allows, programs start while the kernel before this one ends, and
-find their shares meanwhile: the lengths of requests are older than that kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenloom.worker.attention.base import Pages, Spans
 
@@ -53,7 +49,7 @@ class Tiling:
     """Tiles that a worker takes at least"""
     programs_per_processor: int = 2
     num_warps: int = 4
-    weighed_bytes: int = 16 * 1024
+    weighed_bytes: int = 64 * 1024
     """Of parts that are weighed at once, in registers"""
 
 
@@ -69,8 +65,6 @@ class _Workspace:
     """float32 [num_workers, 2, num_heads] to the base 2"""
     counts: Tensor
     """int32 [num_workers, num_kv_heads] parts there are of the request that began here; zero"""
-    overlapped: bool
-    """Whether programs start while the kernel before this one ends"""
 
 
 class PagedDecoding:
@@ -130,11 +124,9 @@ class PagedDecoding:
             BLOCK_SIZE=block_size,
             PARTS=max(1, tiling.weighed_bytes // (heads * dims * 4)),
             PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-            OVERLAPPED=space.overlapped,
             num_warps=tiling.num_warps,
             # To Triton, looking a block up is a stage of its own.
             num_stages=2 * tiling.num_ahead + 1,
-            launch_pdl=space.overlapped,
         )
 
     def _workspace(
@@ -151,7 +143,6 @@ class PagedDecoding:
                 parts=torch.empty((*parts, head_dim), dtype=torch.float32, device=device),
                 log_sums=torch.empty(parts, dtype=torch.float32, device=device),
                 counts=torch.zeros((num_workers, num_kv_heads), dtype=torch.int32, device=device),
-                overlapped=_overlaps(device),
             )
         return self._workspaces[key]
 
@@ -160,11 +151,6 @@ def _num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _overlaps(device: torch.device) -> bool:
-    """Returns whether kernels can be launched before those ahead of them have ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit
@@ -201,13 +187,10 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
 ) -> None:
     """A program a worker and KV head. `scale` is to the base 2."""
     kv_head = tl.program_id(0) % KV_HEADS
     worker = tl.program_id(0) // KV_HEADS
-    if OVERLAPPED:
-        gdc_launch_dependents()
     spans = tl.arange(0, SPANS)
     lengths = tl.load(kv_lengths + spans, mask=spans < num_spans, other=0)
     tiles = tl.cdiv(lengths, KEYS) - _first_tile(lengths, WINDOW, KEYS)
@@ -221,9 +204,6 @@ def _attend(
     first = tl.sum((ends <= run).to(tl.int32), 0)
     last = tl.sum((ends < run_end).to(tl.int32), 0)
     begin = tl.sum(tl.where(spans < first, tiles, 0), 0)
-
-    if OVERLAPPED:
-        gdc_wait()  # queries, and the step's own keys and values, come from the kernel before
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIMS)

@@ -1,11 +1,12 @@
-"""What a layer does between its matmuls, in as few passes over memory as it takes.
+"""What a layer does beside attention, in as few passes over memory as it takes.
 
 `base` says what the operations are, `twin` does them readably in torch (on a CPU,
-and as the reference in tests), `fused` with a Triton kernel each on CUDA.
-`choose_operations` is the one place that decides.
+and as the reference in tests), `fused` with a Triton kernel each on CUDA. `linear`
+multiplies matrices with few rows. `choose_operations` decides by the device,
+`linear.choose_cut` by rows and matrix.
 """
 
-from tokenloom.worker.kernels.base import FAULTY, Operations
+from tokenloom.worker.kernels.base import FAULTY, Operations, Residual
 from tokenloom.worker.kernels.choose import choose_operations
 
-__all__ = ["FAULTY", "Operations", "choose_operations"]
+__all__ = ["FAULTY", "Operations", "Residual", "choose_operations"]

@@ -1,4 +1,4 @@
-"""The operations of a decoder layer that are no matmul and no attention.
+"""The operations of a decoder layer that are no attention.
 
 A norm sums in float32, is rounded to the rows' own type and then multiplied with
 its weight, as transformers does it; kernel and twin differ by the order of that
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tokenloom.worker.weights import Linear
 
 
 FAULTY = -1
@@ -34,8 +36,47 @@ class DecodeRows:
     """int32 [num_rows, max_slot_blocks]"""
 
 
+class Residual:
+    """The hidden states that run through the layers, which each adds to.
+
+    What a matmul adds may be left aside: whoever normalizes the sum next adds it
+    in the same pass.
+    """
+
+    def __init__(self, hidden: Tensor, update: Tensor | None = None) -> None:
+        """Takes [num_rows, hidden_size], both, to be changed in place."""
+        self._hidden = hidden
+        self._update = update
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def add_later(self, update: Tensor) -> None:
+        """Leaves aside what is to be added."""
+        self._hidden, self._update = self.sum(), update
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the states, and what the caller is now to add to them in place."""
+        update, self._update = self._update, None
+        return self._hidden, update
+
+    def sum(self) -> Tensor:
+        """Returns the states with all that was added; changes in place are changes to them."""
+        hidden, update = self.parts()
+        return hidden if update is None else hidden.add_(update)
+
+    def at(self, rows: Tensor) -> Residual:
+        """Returns a copy of int64 [num_rows] rows."""
+        update = None if self._update is None else self._update[rows]
+        return Residual(self._hidden[rows], update)
+
+
 class Operations(Protocol):
-    """Tensors are contiguous; activations, weights and angles are of one type."""
+    """Tensors are contiguous; activations, weights and angles are of one type.
+
+    Those with a matmul are made of the others here, so an implementation that has
+    nothing better inherits them.
+    """
 
     name: str
 
@@ -110,3 +151,38 @@ class Operations(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Returns silu(gate) * up, [num_rows, size], for [num_rows, 2 * size] gate and up."""
+
+    def norm_linear(
+        self,
+        residual: Residual,
+        weight: Tensor,
+        eps: float,
+        linear: Linear,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the matrix times the normalized rows, [num_rows, num_outputs], in `out` if given.
+
+        Args:
+            residual: [num_rows, num_inputs] rows.
+            weight: [num_inputs] of the norm.
+            eps: Of the norm.
+            linear: The matrix.
+            out: Where the result goes, if that matters.
+        """
+        hidden, update = residual.parts()
+        if update is None:
+            return linear(self.norm(hidden, weight, eps), out)
+        return linear(self.add_norm(hidden, update, weight, eps), out)
+
+    def norm_gate_up(
+        self, residual: Residual, weight: Tensor, eps: float, linear: Linear
+    ) -> Tensor:
+        """Returns silu(gate) * up of the normalized rows, [num_rows, num_outputs / 2].
+
+        The matrix is gate and up; others as in `norm_linear`.
+        """
+        return self.silu_mul(self.norm_linear(residual, weight, eps, linear))
+
+    def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
+        """Adds the matrix times [num_rows, num_inputs] rows to the residual."""
+        residual.add_later(linear(rows))

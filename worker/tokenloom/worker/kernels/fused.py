@@ -7,18 +7,25 @@ fused multiply-add of each and the sum it goes into.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenloom.worker.kernels.base import FAULTY, DecodeRows
+from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residual
+from tokenloom.worker.kernels.linear import choose_cut, multiply
+from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
+
+if TYPE_CHECKING:
+    from tokenloom.worker.weights import Linear
 
 _TILE_HEADS = 8
 _TILE_COLUMNS = 1024
 
 
-class FusedOperations:
+class FusedOperations(Operations):
     """Triton kernels. Nothing here waits for the device or depends on what tensors hold."""
 
     name = "triton"
@@ -107,6 +114,7 @@ class FusedOperations:
         )  # [num_tokens, num_heads, head_dim]
         q_norm, k_norm = (None, None) if norms is None else norms
         tiles = triton.cdiv(num_heads, _TILE_HEADS) + 2 * triton.cdiv(num_kv_heads, _TILE_HEADS)
+        overlapped = overlaps(qkv.device)
         _place_heads[(len(qkv), tiles)](
             qkv,
             angles,
@@ -122,7 +130,9 @@ class FusedOperations:
             HEAD_DIM=head_dim,
             HALF=triton.next_power_of_2(head_dim // 2),
             TILE_HEADS=_TILE_HEADS,
+            OVERLAPPED=overlapped,
             num_warps=2,
+            launch_pdl=overlapped,
         )
         return queries
 
@@ -131,8 +141,54 @@ class FusedOperations:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         product = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
         grid = (num_rows, triton.cdiv(size, _TILE_COLUMNS))
-        _silu_mul[grid](gate_up, product, size, TILE=_TILE_COLUMNS, num_warps=4)
+        overlapped = overlaps(gate_up.device)
+        _silu_mul[grid](
+            gate_up,
+            product,
+            size,
+            TILE=_TILE_COLUMNS,
+            OVERLAPPED=overlapped,
+            num_warps=4,
+            launch_pdl=overlapped,
+        )
         return product
+
+    def norm_linear(
+        self,
+        residual: Residual,
+        weight: Tensor,
+        eps: float,
+        linear: Linear,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the matrix times the normalized rows, [num_rows, num_outputs]."""
+        cut = choose_cut(len(residual), linear)
+        if cut is None:
+            return super().norm_linear(residual, weight, eps, linear, out)
+        hidden = residual.sum()
+        if out is None:
+            out = hidden.new_empty((len(hidden), len(linear.weight)))
+        return multiply(cut, hidden, linear, out, norm=(weight, eps))
+
+    def norm_gate_up(
+        self, residual: Residual, weight: Tensor, eps: float, linear: Linear
+    ) -> Tensor:
+        """Returns silu(gate) * up of the normalized rows, [num_rows, num_outputs / 2]."""
+        cut = choose_cut(len(residual), linear, gated=True)
+        if cut is None:
+            return super().norm_gate_up(residual, weight, eps, linear)
+        hidden = residual.sum()
+        out = hidden.new_empty((len(hidden), len(linear.weight) // 2))
+        return multiply(cut, hidden, linear, out, norm=(weight, eps), gated=True)
+
+    def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
+        """Adds the matrix times [num_rows, num_inputs] rows to the residual."""
+        cut = choose_cut(len(rows), linear)
+        if cut is None:
+            super().add_linear(residual, rows, linear)
+        else:
+            hidden = residual.sum()
+            multiply(cut, rows, linear, hidden, residual=hidden)
 
 
 @triton.jit(do_not_specialize=["max_tokens", "num_entries"])
@@ -196,9 +252,18 @@ def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float
     normed = torch.empty_like(rows)  # [num_rows, size]
     num_rows, size = rows.shape
     columns = triton.next_power_of_2(size)
-    num_warps = min(max(columns // 512, 1), 16)  # 16 numbers a thread, in 16-byte loads
+    overlapped = overlaps(rows.device)
     _add_norm[(num_rows,)](
-        rows, update, weight, normed, size, eps, COLUMNS=columns, num_warps=num_warps
+        rows,
+        update,
+        weight,
+        normed,
+        size,
+        eps,
+        COLUMNS=columns,
+        OVERLAPPED=overlapped,
+        num_warps=min(max(columns // 512, 1), 16),  # 16 numbers a thread, in 16-byte loads
+        launch_pdl=overlapped,
     )
     return normed
 
@@ -212,10 +277,14 @@ def _add_norm(
     size: int,
     eps: float,
     COLUMNS: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ) -> None:
     """A program a row."""
+    let_next_start(OVERLAPPED)
     columns = tl.arange(0, COLUMNS)
     inside = columns < size
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAPPED)
     row = tl.program_id(0).to(tl.int64) * size + columns
     x = tl.load(hidden + row, mask=inside, other=0.0)
     if update is not None:
@@ -224,7 +293,6 @@ def _add_norm(
         tl.store(hidden + row, x, mask=inside)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     rounded = (wide * scale).to(x.dtype).to(tl.float32)
     tl.store(normed + row, (gain * rounded).to(x.dtype), mask=inside)
 
@@ -278,8 +346,11 @@ def _place_heads(
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     TILE_HEADS: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ) -> None:
     """A program a token and tile of heads: tiles of queries, then of keys, then of values."""
+    let_next_start(OVERLAPPED)
+    wait_for_previous(OVERLAPPED)
     half: tl.constexpr = HEAD_DIM // 2
     num_q_tiles: tl.constexpr = (NUM_HEADS + TILE_HEADS - 1) // TILE_HEADS
     num_kv_tiles: tl.constexpr = (NUM_KV_HEADS + TILE_HEADS - 1) // TILE_HEADS
@@ -312,8 +383,16 @@ def _place_heads(
 
 
 @triton.jit
-def _silu_mul(gate_up: tl.tensor, product: tl.tensor, size: int, TILE: tl.constexpr) -> None:
+def _silu_mul(
+    gate_up: tl.tensor,
+    product: tl.tensor,
+    size: int,
+    TILE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+) -> None:
     """A program a row and tile of columns."""
+    let_next_start(OVERLAPPED)
+    wait_for_previous(OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = columns < size

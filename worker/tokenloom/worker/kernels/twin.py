@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenloom.worker.kernels.base import FAULTY, DecodeRows
+from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations
 from tokenloom.worker.rotary import rotate
 
 
-class TorchOperations:
+class TorchOperations(Operations):
     """One torch call after the other, as transformers does it."""
 
     name = "torch"

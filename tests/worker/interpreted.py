@@ -1,0 +1,46 @@
+"""Kernels in Triton's interpreter beside their twins; started by a test, in a process of its own.
+
+    TRITON_INTERPRET=1 python -m tests.worker.interpreted
+
+The variable counts when Triton is imported, and would interpret the GPU's tests as well.
+The interpreter does not multiply matrices of bfloat16, so all is float16.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tests.worker import kernel_cases
+from tests.worker.kernel_cases import Heads
+from tokenloom.worker.kernels.fused import FusedOperations
+
+DTYPE, DEVICE = torch.float16, "cpu"
+
+
+def main() -> None:
+    operations = FusedOperations()
+    kernel_cases.assert_norms_like_its_twin(operations, 3, 100, DTYPE, DEVICE)
+    kernel_cases.assert_activates_like_its_twin(operations, 3, 100, DTYPE, DEVICE)
+    kernel_cases.assert_places_heads_like_its_twin(
+        operations,
+        Heads(num_heads=9, num_kv_heads=3, head_dim=24),
+        num_tokens=2,
+        normed=True,
+        dtype=DTYPE,
+        device=DEVICE,
+    )
+    for num_rows, num_outputs, num_inputs, bias in (
+        (1, 13, 40, False),
+        (1, 6, 2100, True),
+        (2, 21, 72, True),
+        (8, 40, 1024, False),
+        (13, 24, 2100, True),
+    ):
+        case = kernel_cases.linear_case(
+            num_rows, num_outputs, num_inputs, bias=bias, dtype=DTYPE, device=DEVICE
+        )
+        kernel_cases.assert_multiplies_like_its_twin(operations, case)
+
+
+if __name__ == "__main__":
+    main()
