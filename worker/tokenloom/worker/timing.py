@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-REPORT_S = 10.0
+REPORT_S = 5.0
 """Of busy time, between two lines of the log."""
 IDLE_S = 0.1
 """A longer gap between two steps is a time without requests."""
@@ -44,7 +44,7 @@ class StepClock:
     def _tell(self) -> None:
         whole_s = self._ran_s + self._gaps_s
         _log.info(
-            "%d steps in %.2f s, median %.3f ms: the device ran %.1f %% of the time",
+            "%d steps in %.2f s, median %.3f ms: the GPU ran %.1f %% of the time",
             len(self._steps_s),
             whole_s,
             1000 * median(self._steps_s),
