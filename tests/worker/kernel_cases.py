@@ -215,5 +215,7 @@ def assert_multiplies_like_its_twin(operations: Operations, case: LinearCase) ->
     for mine, expected in zip(case.apply(operations), case.apply(TorchOperations()), strict=True):
         assert mine.shape == expected.shape
         wrong = (mine.double() - expected.double()).norm(dim=1)
-        # Few results fall on the other side of a rounding; no row is wrong on its own.
-        assert float((wrong / expected.double().norm(dim=1)).max()) < ULP[mine.dtype] / 2
+        # Few results fall on the other side of a rounding; no row is wrong on its own. A row of
+        # a number or two has nothing to average that over.
+        bound = ULP[mine.dtype] * (0.5 if mine.shape[1] > 2 else 2)
+        assert float((wrong / expected.double().norm(dim=1)).max()) < bound

@@ -11,22 +11,31 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_ALIGNED = 4
+"""Numbers in 16 bytes."""
 Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 
 
 def upload(device: torch.device, *columns: Column) -> tuple[Tensor, ...]:
     """Returns int32 and float32 arrays as tensors of a device, sent as one packed copy.
 
-    The host side is pinned.
+    The host side is pinned. Each tensor begins at a multiple of 16 bytes: kernels
+    are compiled anew for tensors that do not.
     """
-    packed = np.concatenate([column.reshape(-1).view(np.int32) for column in columns])
+    begins = np.cumsum([0, *(-(-column.size // _ALIGNED) * _ALIGNED for column in columns)])
+    packed = np.empty(begins[-1], dtype=np.int32)
+    for begin, column in zip(begins.tolist(), columns, strict=False):
+        packed[begin : begin + column.size] = column.reshape(-1).view(np.int32)
     host = pinned(packed) if device.type == "cuda" else torch.from_numpy(packed)
     whole = host.to(device, non_blocking=True)
-    parts = torch.split(whole, [column.size for column in columns])
     return tuple(
-        (part.view(torch.float32) if column.dtype == np.float32 else part).view(column.shape)
-        for part, column in zip(parts, columns, strict=True)
+        _typed(whole[begin : begin + column.size], column)
+        for begin, column in zip(begins.tolist(), columns, strict=False)
     )
+
+
+def _typed(part: Tensor, column: Column) -> Tensor:
+    return (part.view(torch.float32) if column.dtype == np.float32 else part).view(column.shape)
 
 
 def pinned(array: npt.NDArray[np.generic]) -> Tensor:
