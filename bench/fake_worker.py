@@ -23,8 +23,10 @@ from pathlib import Path
 import msgspec
 
 from tokenloom.wire.messages import Configure, Ready, Step, StepDone
+from tokenloom.wire.started import process_start_s
 from tokenloom.worker.fake import FakeConfig, FakeModel
 from tokenloom.worker.loop import serve
+from tokenloom.worker.phases import Phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ def main(endpoint: str, step_ms: str, vocab_size: str, report: str) -> int:
     logging.basicConfig(level=logging.WARNING)
     config = FakeConfig(vocab_size=int(vocab_size), num_blocks=65536, max_model_tokens=4096)
     runner = TimedRunner(config, float(step_ms) / 1000)
-    status = serve(runner, endpoint=endpoint, rank=0, device="fake")
+    phases = Phases("imports", process_start_s())
+    status = serve(runner, endpoint=endpoint, rank=0, device="fake", phases=phases)
     Path(report).write_text(json.dumps(runner.steps))
     return status
 

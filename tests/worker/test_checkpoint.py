@@ -95,7 +95,7 @@ def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Te
         (with_tensor("model.norm.weight", torch.ones(65)), r"shape \(65,\); \(64,\) is expected"),
         (
             with_tensor("model.norm.weight", torch.ones(64, dtype=torch.int8)),
-            "model.norm.weight is of torch.int8",
+            "model.norm.weight is of type I8",
         ),
     ],
 )

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class _Message(
@@ -77,6 +77,8 @@ class Ready(_Message, frozen=True):
     max_model_tokens: int
     weights_bytes: int
     kv_bytes: int
+    phases: tuple[tuple[str, float], ...] = ()
+    """What it took to get here, in seconds, from the start of the process in a first epoch."""
 
 
 class Failed(_Message, frozen=True):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.supervise import Child, supervise
+from tokenloom.wire.started import process_start_s
 
 _MAX_SOCKET_PATH_BYTES = 107
 """What Linux takes as the path of a Unix socket."""
@@ -47,6 +48,10 @@ _WORKER_OPTIONS = (
     ("cpu_threads", "N", "threads that compute on a CPU"),
     ("kv_cache_bytes", "SIZE", "fixed size of the KV cache, such as 1GiB"),
     ("kv_memory_fraction", "FRACTION", "part of the free GPU memory that the KV cache takes"),
+    ("kernel_cache", "DIR", "folder that keeps compiled kernels"),
+    ("profile", "DIR", "folder for a trace of serving steps"),
+    ("profile_steps", "N", "steps that are traced"),
+    ("profile_skip", "N", "steps before them"),
 )
 
 
@@ -133,7 +138,12 @@ def _run(args: argparse.Namespace, worker_options: list[str] | None) -> int:
         with _run_dir(args.run_dir) as run_dir:
             given = {name: getattr(args, name) for name, _, _ in _SCHEDULER_OPTIONS}
             config = SchedulerConfig(
-                model=args.model, run_dir=run_dir, prefix_cache=args.prefix_cache, **given
+                model=args.model,
+                run_dir=run_dir,
+                prefix_cache=args.prefix_cache,
+                # Without a worker of its own it does not know when one will come.
+                started_s=None if worker_options is None else process_start_s(),
+                **given,
             )
             return supervise(_children(config, worker_options))
     except ConfigError as error:

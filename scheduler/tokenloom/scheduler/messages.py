@@ -115,6 +115,8 @@ class ModelReady(_Message, frozen=True):
     """Longest prompt + completion, the KV pool's size considered."""
     block_size: int
     num_blocks: int
+    phases: tuple[tuple[str, float], ...] = ()
+    """What it took the worker to get ready, in seconds."""
 
 
 class ModelLost(_Message, frozen=True):

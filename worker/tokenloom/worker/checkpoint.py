@@ -1,9 +1,8 @@
 """A checkpoint's files: where they are, its config.json, its tensors.
 
-Weights are safetensors, in one file or in several with an index. Each tensor is
-mapped from its file and copied to where it belongs, one after the other, so the
-host holds no second copy. Every tensor must be expected and every expected one
-be there, in its shape.
+Weights are safetensors, in one file or in several with an index. Every tensor
+must be expected and every expected one be there, in its shape: told from the
+files' headers, before anything is copied.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-
 from tokenloom.worker.errors import CheckpointError
+from tokenloom.worker.stored import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
 _HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 def locate(model: str) -> Path:
@@ -38,6 +36,9 @@ def locate(model: str) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
+    # Its import takes a quarter of a second, which a folder need not wait for.
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
@@ -54,50 +55,40 @@ def read_config(folder: Path) -> Json:
     return config
 
 
-def fill(folder: Path, destinations: Mapping[str, Tensor], report: Callable[[float], None]) -> None:
-    """Copies each tensor of the checkpoint to its destination.
-
-    `report` is told the fraction that is done, in steps of at least a hundredth.
+def match(folder: Path, destinations: Mapping[str, Tensor]) -> list[tuple[StoredTensor, Tensor]]:
+    """Returns what to copy where, in the order of the files. Reads headers only.
 
     Raises:
         CheckpointError: A file is missing or broken; a tensor is missing,
-            unexpected or misshapen.
+            unexpected, misshapen or of a type that weights do not have.
     """
+    matched = []
     left = dict(destinations)
-    total = sum(place.numel() for place in left.values())
-    done = reported = 0
     for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    if _is_superfluous(name, destinations):
-                        continue
-                    place = left.pop(name, None)
-                    if place is None:
-                        raise CheckpointError(f"tensor {name} of {path} is not expected")
-                    shape = file.get_slice(name).get_shape()
-                    _copy(name, shape, file.get_tensor, place)
-                    done += place.numel()
-                    if done - reported >= total / 100:
-                        reported = done
-                        report(done / total)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        for name, stored in sorted(stored_tensors(path).items(), key=_offset):
+            if _is_superfluous(name, destinations):
+                continue
+            place = left.pop(name, None)
+            if place is None:
+                raise CheckpointError(f"tensor {name} of {path} is not expected")
+            if stored.dtype not in _WEIGHT_TYPES:
+                raise CheckpointError(
+                    f"tensor {name} is of type {stored.dtype}; weights are of one of"
+                    f" {', '.join(_WEIGHT_TYPES)}"
+                )
+            if stored.shape != tuple(place.shape):
+                raise CheckpointError(
+                    f"tensor {name} has shape {stored.shape}; {tuple(place.shape)} is expected"
+                )
+            matched.append((stored, place))
     if left:
         names = ", ".join(sorted(left)[:3])
         raise CheckpointError(f"{len(left)} tensors are missing in {folder}: {names} …")
-    report(1.0)
+    return matched
 
 
-def _copy(name: str, shape: list[int], get_tensor: Callable[[str], Tensor], place: Tensor) -> None:
-    if tuple(shape) != tuple(place.shape):
-        raise CheckpointError(
-            f"tensor {name} has shape {tuple(shape)}; {tuple(place.shape)} is expected"
-        )
-    tensor = get_tensor(name)
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"tensor {name} is of {tensor.dtype}; a float type is expected")
-    place.copy_(tensor)
+def _offset(named: tuple[str, StoredTensor]) -> int:
+    return named[1].offset
 
 
 def _is_superfluous(name: str, destinations: Mapping[str, Tensor]) -> bool:

@@ -10,18 +10,28 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError
-from tokenloom.worker.loop import EXIT_LOAD_FAILED, serve
+from tokenloom.worker.kernel_cache import keep_kernels
+from tokenloom.worker.loop import EXIT_LOAD_FAILED, Runner, serve
 from tokenloom.worker.options import (
     ATTENTION_NAMES,
     CPU_KV_CACHE,
     WorkerOptions,
     default_cpu_threads,
     parse_bytes,
+    parse_count,
     parse_fraction,
 )
+from tokenloom.worker.phases import Phases
+
+if TYPE_CHECKING:
+    from tokenloom.worker.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
 
@@ -38,25 +48,49 @@ def worker(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr
     )
+    phases = Phases("imports", process_start_s())
     options = WorkerOptions(
         device=args.device,
         attention=args.attention,
         kv_cache_bytes=args.kv_cache_bytes,
         kv_memory_fraction=args.kv_memory_fraction,
     )
+    try:
+        keep_kernels(args.kernel_cache)
+        runner = _runner(options, phases, args.cpu_threads)
+    except LoadError as error:
+        _log.error("%s", error)
+        return EXIT_LOAD_FAILED
+    device = str(runner.device)
+    with _profiled(runner, args) as serving:
+        return serve(serving, endpoint=args.connect, rank=0, device=device, phases=phases)
 
+
+def _runner(options: WorkerOptions, phases: Phases, cpu_threads: int) -> ModelRunner:
+    """Returns a runner that has its device. Raises LoadError."""
     # torch takes seconds to import, which --help must not cost.
     import torch
 
     from tokenloom.worker.runner import ModelRunner
 
-    torch.set_num_threads(args.cpu_threads)
-    try:
-        runner = ModelRunner(options)
-    except LoadError as error:
-        _log.error("%s", error)
-        return EXIT_LOAD_FAILED
-    return serve(runner, endpoint=args.connect, rank=0, device=str(runner.device))
+    torch.set_num_threads(cpu_threads)
+    phases.begin("device")
+    return ModelRunner(options)
+
+
+def _profiled(runner: ModelRunner, args: argparse.Namespace) -> AbstractContextManager[Runner]:
+    """Returns the runner, profiled if that is asked for."""
+    if args.profile is None:
+        return nullcontext(runner)
+    from tokenloom.worker.profile import ProfiledRunner
+
+    return ProfiledRunner(
+        runner,
+        folder=args.profile,
+        num_steps=args.profile_steps,
+        num_skipped=args.profile_skip,
+        device=runner.device,
+    )
 
 
 def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
@@ -123,4 +157,32 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FRACTION",
         help="part of the GPU memory free after loading that the KV pool takes",
     )
+    parser.add_argument(
+        "--kernel-cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of mode 700 that keeps compiled kernels (default: tokenloom/kernels in the"
+        " user's cache folder)",
+    )
+    _add_profile_options(parser)
     return parser
+
+
+def _add_profile_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="folder for a trace of serving steps"
+    )
+    parser.add_argument(
+        "--profile-steps",
+        type=_argument(partial(parse_count, at_least=1)),
+        default=32,
+        metavar="N",
+        help="steps that are traced",
+    )
+    parser.add_argument(
+        "--profile-skip",
+        type=_argument(parse_count),
+        default=0,
+        metavar="N",
+        help="steps before them",
+    )

@@ -33,8 +33,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenloom.wire.messages import Configure, Ready, SamplingParams, Step, StepDone, TokenLogprobs
+from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import ProtocolError
 from tokenloom.worker.loop import serve
+from tokenloom.worker.phases import Phases
 from tokenloom.worker.slots import Changes, Int32Array, Limits, Slots
 
 if TYPE_CHECKING:
@@ -433,6 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eos-token-id", type=int, help="token that comes by script alone")
     parser.add_argument("--faulty-token-id", type=int, help="prompts that end with it are faulty")
     args = parser.parse_args(argv)
+    phases = Phases("imports", process_start_s())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     config = FakeConfig(
         vocab_size=args.vocab_size,
@@ -444,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
         faulty_token_id=args.faulty_token_id,
     )
     runner = _FakeRunner(config, args.step_ms / 1000)
-    return serve(runner, endpoint=args.connect, rank=0, device="fake")
+    return serve(runner, endpoint=args.connect, rank=0, device="fake", phases=phases)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream):
                 # Not `torch.cuda.graph`: it collects garbage and empties caches each time.
-                graph.capture_begin(pool=pool)
+                # What other threads do, who copy weights meanwhile, is no concern of it.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     self._results[size] = self._compute(size)
                 finally:

@@ -1,20 +1,23 @@
 """From a Configure to a model in memory: weights, KV pool, kernels.
 
-locate ─▶ config.json ─▶ attention, operations ─▶ weights ─▶ KV pool from what is left
+                                               ┌ threads: weights copied ──────────────┐
+locate ─▶ config.json, headers ─▶ memory taken ┴ kernels' packages ─▶ KV pool ─▶ what the
+                                                                     caller prepares   ┴▶ there
 """
 
 from __future__ import annotations
 
 import logging
-import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from tokenloom.worker.attention import choose_attention
-from tokenloom.worker.checkpoint import fill, locate, read_config
+from tokenloom.worker.checkpoint import locate, match, read_config
 from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
@@ -23,7 +26,7 @@ from tokenloom.worker.rotary import rotary_table
 from tokenloom.worker.weights import allocate_weights, destinations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tokenloom.wire.messages import Configure
     from tokenloom.worker.attention import Attention
@@ -51,69 +54,90 @@ class LoadedModel:
     weights_bytes: int
 
 
+@contextmanager
 def load_model(
     configure: Configure,
     options: WorkerOptions,
     device: torch.device,
     report: Callable[[str, float], None],
-) -> LoadedModel:
-    """Loads what `configure` names. `report` takes a phase and a fraction. Raises LoadError."""
+) -> Iterator[LoadedModel]:
+    """Yields the model that `configure` names; its weights are there at the end of `with`.
+
+    Until then they are zeros or the checkpoint's own: good enough to compile kernels
+    and to capture steps. `report` takes a phase and a fraction.
+
+    Raises:
+        LoadError: It cannot be loaded here; of files that cannot be read, at the end of `with`.
+    """
     report("finding the checkpoint", 0.0)
     folder = locate(configure.model)
     config = ModelConfig.parse(read_config(folder))
     dtype = _dtype(configure.dtype, config, device)
-    attention = choose_attention(
-        options.attention, head_dim=config.head_dim, dtype=dtype, device=device
-    )
-    operations = choose_operations(device)
-    _log.info(
-        "%s: %s on %s in %s, attention %s, operations %s",
-        configure.model,
-        config.architecture,
-        device,
-        dtype,
-        attention.name,
-        operations.name,
-    )
-    start_s = time.perf_counter()
     weights = allocate_weights(config, dtype=dtype, device=device)
     places = destinations(config, weights)
-    fill(folder, places, lambda fraction: report("loading weights", fraction))
-    weights_bytes = sum(place.numel() * place.element_size() for place in places.values())
-    _log.info("%d bytes of weights in %.1f s", weights_bytes, time.perf_counter() - start_s)
-    pool = KVPool(
-        config,
-        num_bytes=pool_bytes(
+    with Copying(match(folder, places), device) as copying:
+        report("loading kernels", 0.0)
+        attention = choose_attention(
+            options.attention, head_dim=config.head_dim, dtype=dtype, device=device
+        )
+        operations = choose_operations(device)
+        _log.info(
+            "%s: %s on %s in %s, attention %s, operations %s",
+            configure.model,
+            config.architecture,
             device,
-            fixed_bytes=options.kv_cache_bytes,
-            memory_fraction=options.kv_memory_fraction,
-            scratch=scratch_bytes(
-                config,
-                num_rows=configure.max_num_requests,
-                num_step_tokens=configure.max_step_tokens,
-                dtype=dtype,
-            ),
-        ),
-        block_size=attention.block_size,
+            dtype,
+            attention.name,
+            operations.name,
+        )
+        rotary = rotary_table(
+            config.rope,
+            head_dim=config.head_dim,
+            num_positions=config.max_model_tokens,
+            device=device,
+        )
+        yield LoadedModel(
+            model=configure.model,
+            dtype_name=configure.dtype,
+            config=config,
+            decoder=Decoder(config, weights, rotary, operations),
+            attention=attention,
+            pool=_pool(config, configure, options, attention.block_size, dtype, device),
+            weights_bytes=sum(place.numel() * place.element_size() for place in places.values()),
+        )
+        copying.wait(lambda fraction: report("loading weights", fraction))
+    _log.info(
+        "weights: %.2f GB in %.2f s, %.1f GB/s",
+        copying.num_bytes / 1e9,
+        copying.seconds,
+        copying.num_bytes / 1e9 / copying.seconds,
+    )
+
+
+def _pool(
+    config: ModelConfig,
+    configure: Configure,
+    options: WorkerOptions,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVPool:
+    """Returns the KV pool, out of the memory that the weights leave."""
+    scratch = scratch_bytes(
+        config,
+        num_rows=configure.max_num_requests,
+        num_step_tokens=configure.max_step_tokens,
         dtype=dtype,
-        device=device,
     )
-    _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, attention.block_size)
-    rotary = rotary_table(
-        config.rope,
-        head_dim=config.head_dim,
-        num_positions=config.max_model_tokens,
-        device=device,
+    num_bytes = pool_bytes(
+        device,
+        fixed_bytes=options.kv_cache_bytes,
+        memory_fraction=options.kv_memory_fraction,
+        scratch=scratch,
     )
-    return LoadedModel(
-        model=configure.model,
-        dtype_name=configure.dtype,
-        config=config,
-        decoder=Decoder(config, weights, rotary, operations),
-        attention=attention,
-        pool=pool,
-        weights_bytes=weights_bytes,
-    )
+    pool = KVPool(config, num_bytes=num_bytes, block_size=block_size, dtype=dtype, device=device)
+    _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, block_size)
+    return pool
 
 
 def find_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, assert_never
 
+import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -33,6 +34,7 @@ from tokenloom.wire.messages import (
     ToCore,
     ToWorker,
 )
+from tokenloom.worker.phases import Phases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,17 +148,20 @@ class Link:
         self._context.term()
 
 
-def serve(runner: Runner, *, endpoint: str, rank: int, device: str) -> int:
+def serve(runner: Runner, *, endpoint: str, rank: int, device: str, phases: Phases) -> int:
     """Speaks with the core at `endpoint` until Shutdown, SIGTERM or an error.
+
+    `phases` are those of the start; the core gets them with the first Ready.
 
     Returns the exit code: 0 after Shutdown or SIGTERM, 1 after a step that
     failed, 2 when the configuration cannot be loaded. Runs in the main thread.
     """
     signal.signal(signal.SIGTERM, _exit_at_once)
+    phases.begin("waiting for the core")
     link = Link(endpoint)
     linger_ms = 0
     try:
-        code = _Conversation(link, runner, rank=rank, device=device).run()
+        code = _Conversation(link, runner, phases, rank=rank, device=device).run()
         linger_ms = _FAILED_LINGER_MS
     finally:
         # Nothing is left to end, and an exiting interpreter would show the exception.
@@ -166,9 +171,13 @@ def serve(runner: Runner, *, endpoint: str, rank: int, device: str) -> int:
 
 
 class _Conversation:
-    def __init__(self, link: Link, runner: Runner, *, rank: int, device: str) -> None:
+    def __init__(
+        self, link: Link, runner: Runner, phases: Phases, *, rank: int, device: str
+    ) -> None:
         self._link = link
         self._runner = runner
+        self._phases: Phases | None = phases
+        """Until the first epoch is ready."""
         self._hello = Hello(
             protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid(), device=device
         )
@@ -229,8 +238,10 @@ class _Conversation:
             return None
         self._pending.clear()
         epoch = configure.epoch
+        phases = self._phases or Phases("configuring", time.monotonic())
 
         def report(phase: str, fraction: float) -> None:
+            phases.begin(phase)
             self._link.send(Progress(epoch=epoch, phase=phase, fraction=fraction))
 
         try:
@@ -238,7 +249,8 @@ class _Conversation:
         except Exception as error:  # noqa: BLE001 - whatever it is, the core must hear of it
             return self._fail(epoch, error, EXIT_LOAD_FAILED)
         self._epoch = epoch
-        self._link.send(ready)
+        self._phases = None
+        self._link.send(msgspec.structs.replace(ready, phases=phases.end()))
         return None
 
     def _launch(self, step: Step) -> int | None:

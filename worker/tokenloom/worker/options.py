@@ -53,3 +53,10 @@ def parse_fraction(text: str) -> float:
     if not 0 < fraction <= 1:
         raise ValueError(f"{text} is no fraction above 0 and up to 1")
     return fraction
+
+
+def parse_count(text: str, *, at_least: int = 0) -> int:
+    """Returns a number of things. Raises ValueError."""
+    if not text.isdecimal() or int(text) < at_least:
+        raise ValueError(f"{text!r} is no whole number of {at_least} or more")
+    return int(text)

@@ -11,6 +11,7 @@ result is there when `launch` returns.
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -72,15 +73,17 @@ class ModelRunner:
         if configure.world_size != 1:
             raise LoadError(f"world_size is {configure.world_size}; a worker serves alone")
         self._slots = None
-        if not self._holds(configure):
-            self._rows = self._loaded = None  # before the next model is loaded: both may not fit
-            self._loaded = load_model(configure, self._options, self.device, report)
-        loaded = self._loaded
-        assert loaded is not None
-        limits = _limits(configure, loaded)
-        if self._rows is None or self._rows.limits != limits:
-            self._rows = None
-            self._rows = self._prepare(configure.epoch, limits, loaded, report)
+        with ExitStack() as stack:  # at its end the weights are there
+            if not self._holds(configure):
+                self._rows = self._loaded = None  # before the next is loaded: both may not fit
+                loading = load_model(configure, self._options, self.device, report)
+                self._loaded = stack.enter_context(loading)
+            loaded = self._loaded
+            assert loaded is not None
+            limits = _limits(configure, loaded)
+            if self._rows is None or self._rows.limits != limits:
+                self._rows = None
+                self._rows = self._prepare(configure.epoch, limits, loaded, report)
         self._slots = Slots(limits)
         self._clock = StepClock()
         return Ready(

@@ -72,37 +72,40 @@ class Weights:
 
 
 def allocate_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Returns weights of the right shapes, to be filled through `destinations`."""
+    """Returns zeros of the right shapes, to be filled through `destinations`.
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    Steps computed before they are filled give numbers, not what the memory held.
+    """
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def linear(num_outputs: int, num_inputs: int, *, bias: bool) -> Linear:
         return Linear(
-            weight=empty(num_outputs, num_inputs), bias=empty(num_outputs) if bias else None
+            weight=zeros(num_outputs, num_inputs), bias=zeros(num_outputs) if bias else None
         )
 
     hidden, head_dim = config.hidden_size, config.head_dim
     num_qkv = (config.num_heads + 2 * config.num_kv_heads) * head_dim
     layers = tuple(
         LayerWeights(
-            attention_norm=empty(hidden),
+            attention_norm=zeros(hidden),
             qkv=linear(num_qkv, hidden, bias=config.qkv_bias),
-            q_norm=empty(head_dim) if config.qk_norm else None,
-            k_norm=empty(head_dim) if config.qk_norm else None,
+            q_norm=zeros(head_dim) if config.qk_norm else None,
+            k_norm=zeros(head_dim) if config.qk_norm else None,
             output=linear(hidden, config.num_heads * head_dim, bias=config.o_bias),
-            mlp_norm=empty(hidden),
+            mlp_norm=zeros(hidden),
             gate_up=linear(2 * config.intermediate_size, hidden, bias=config.mlp_bias),
             down=linear(hidden, config.intermediate_size, bias=config.mlp_bias),
         )
         for _ in range(config.num_layers)
     )
-    embedding = empty(config.vocab_size, hidden)
-    head = embedding if config.tied_embeddings else empty(config.vocab_size, hidden)
+    embedding = zeros(config.vocab_size, hidden)
+    head = embedding if config.tied_embeddings else zeros(config.vocab_size, hidden)
     return Weights(
         embedding=embedding,
         layers=layers,
-        final_norm=empty(hidden),
+        final_norm=zeros(hidden),
         head=Linear(weight=head, bias=None),
     )
 

@@ -366,6 +366,7 @@ def _model_ready(spec: ModelSpec) -> ModelReady:
         max_model_tokens=spec.max_request_tokens,
         block_size=spec.block_size,
         num_blocks=spec.num_blocks,
+        phases=spec.phases,
     )
 
 

@@ -51,6 +51,8 @@ class ModelSpec:
     max_model_tokens: int
     block_size: int
     num_blocks: int
+    phases: tuple[tuple[str, float], ...] = ()
+    """What it took to get ready, in seconds."""
 
     @classmethod
     def of(cls, ready: Ready) -> ModelSpec:
@@ -61,6 +63,7 @@ class ModelSpec:
             max_model_tokens=ready.max_model_tokens,
             block_size=ready.block_size,
             num_blocks=ready.num_blocks,
+            phases=ready.phases,
         )
 
     @property

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import grpc
@@ -93,7 +94,8 @@ class FrontServer:
         self._servicer.model = model
         self._health_changed.set()
         if isinstance(model, ModelReady):
-            _log.info("serving %s on %s", self._config.name, self.address)
+            started = _started(model, self._config.started_s, time.monotonic())
+            _log.info("serving %s on %s%s", self._config.name, self.address, started)
 
     async def _follow_health(self) -> None:
         while True:
@@ -133,6 +135,17 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
         await _drain(server, 0.0 if hurry.is_set() else config.grace_s, hurry)
     finally:
         await server.stop()
+
+
+def _started(model: ModelReady, started_s: float | None, now_s: float) -> str:
+    """Returns what the start took, from the command to serving, as the end of a sentence."""
+    if started_s is None or model.epoch != 1:  # later epochs begin long after the start
+        return ""
+    whole_s = now_s - started_s
+    beside_s = whole_s - sum(seconds for _, seconds in model.phases)
+    phases = (("processes", beside_s), *model.phases)
+    told = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases)
+    return f", {whole_s:.1f} s after the start: {told}"
 
 
 async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> None:

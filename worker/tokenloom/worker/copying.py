@@ -1,0 +1,185 @@
+"""Copies tensors from their files to a device in threads, while kernels are prepared.
+
+    file, in page cache ── read ──▶ stage: a pinned buffer a thread ── copy ──▶ place
+    └───── pieces of at most STAGE_BYTES, in the order of the files ─────┘
+
+Both ways let go of the interpreter. A file is read, not mapped: a page fault for every 4 KiB
+costs more than the copy, and a file that turns out too short is an error, not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from tokenloom.worker.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from tokenloom.worker.stored import StoredTensor
+
+STAGE_BYTES = 16 * 1024 * 1024
+MAX_THREADS = 8
+_REPORT_S = 0.1
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Contiguous elements of a tensor, as many as fit a stage."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+    place: Tensor
+    """[num_elements]"""
+
+
+class Copying:
+    """The copying of stored tensors to places of their shapes, begun at once.
+
+    Places are contiguous and converted to if of another type. To be used with `with`,
+    whose end stops the threads, done or not.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[StoredTensor, Tensor]],
+        device: torch.device,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        """Nothing else may write to the places or read them until `wait` returned."""
+        self._device = device
+        if num_threads is None:
+            # One thread reads as fast as a CPU converts, which takes threads of its own.
+            num_threads = 1 if device.type == "cpu" else min(MAX_THREADS, os.cpu_count() or 1)
+        pieces = [piece for stored, place in tensors for piece in _cut(stored, place)]
+        self.num_bytes = sum(piece.num_bytes for piece in pieces)
+        self.seconds = 0.0
+        """From the start until the last piece, once all are copied."""
+        self._num_done_bytes = 0
+        self._left = iter(pieces)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._start_s = time.perf_counter()
+        if device.type == "cuda":
+            # What ran there before may still use memory that is a place now.
+            torch.cuda.synchronize(device)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="copying")
+        self._futures = [self._threads.submit(self._copy) for _ in range(num_threads)]
+
+    def wait(self, report: Callable[[float], None]) -> None:
+        """Returns when all is copied; meanwhile tells the fraction that is done.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+        unfinished = set(self._futures)
+        while unfinished:
+            report(self._num_done_bytes / self.num_bytes if self.num_bytes else 0.0)
+            finished, unfinished = wait(unfinished, _REPORT_S, FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+        report(1.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._threads.shutdown()
+
+    def _copy(self) -> None:
+        """Copies pieces until there is none; a thread's work."""
+        is_cuda = self._device.type == "cuda"
+        with ExitStack() as stack:
+            # Each thread has its own current stream and its own mode.
+            stack.enter_context(torch.inference_mode())
+            if is_cuda:
+                stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                stack.enter_context(torch.cuda.stream(stream))
+            stage = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=is_cuda)
+            files = _Files(stack)
+            while (piece := self._next()) is not None:
+                staged = stage[: piece.num_bytes]
+                _read(files.descriptor(piece.path), staged, piece)
+                piece.place.copy_(staged.view(piece.dtype), non_blocking=True)
+                if is_cuda:
+                    stream.synchronize()
+                self._finish(piece)
+
+    def _next(self) -> _Piece | None:
+        with self._lock:
+            return None if self._stop.is_set() else next(self._left, None)
+
+    def _finish(self, piece: _Piece) -> None:
+        with self._lock:
+            self._num_done_bytes += piece.num_bytes
+            self.seconds = time.perf_counter() - self._start_s
+
+
+class _Files:
+    """A thread's open files."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._descriptors: dict[Path, int] = {}
+
+    def descriptor(self, path: Path) -> int:
+        if path not in self._descriptors:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            self._stack.callback(os.close, descriptor)
+            self._descriptors[path] = descriptor
+        return self._descriptors[path]
+
+
+def _cut(stored: StoredTensor, place: Tensor) -> Iterator[_Piece]:
+    """Yields the pieces of a tensor."""
+    dtype = _DTYPES[stored.dtype]
+    flat = place.view(-1)  # [num_elements]
+    num_elements = STAGE_BYTES // dtype.itemsize
+    for index, part in enumerate(torch.split(flat, num_elements)):
+        yield _Piece(
+            path=stored.path,
+            offset=stored.offset + index * num_elements * dtype.itemsize,
+            num_bytes=len(part) * dtype.itemsize,
+            dtype=dtype,
+            place=part,
+        )
+
+
+def _read(descriptor: int, staged: Tensor, piece: _Piece) -> None:
+    """Fills uint8 [num_bytes]. Raises CheckpointError."""
+    buffer = staged.numpy().data
+    num_read = 0
+    while num_read < piece.num_bytes:
+        try:
+            num_new = os.preadv(descriptor, [buffer[num_read:]], piece.offset + num_read)
+        except OSError as error:
+            raise CheckpointError(f"{piece.path} cannot be read: {error}") from error
+        if num_new == 0:
+            raise CheckpointError(
+                f"{piece.path} cannot be read: it ends at byte {piece.offset + num_read}"
+            )
+        num_read += num_new
