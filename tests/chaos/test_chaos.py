@@ -28,7 +28,7 @@ from tokenloom.client import Client, InvalidRequest, TokenloomError
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.inference_pb2_grpc import InferenceStub
 from tokenloom.wire import codec
-from tokenloom.wire.messages import Hello, Ready, StepDone
+from tokenloom.wire.messages import PROTOCOL_VERSION, Hello, Ready, StepDone
 from tokenloom.worker.fake import FakeConfig, expected_tokens
 
 NUM_GOOD = 16
@@ -162,7 +162,7 @@ def test_garbage_on_the_worker_socket_harms_nobody(checkpoint: Path) -> None:
             weights_bytes=0,
             kv_bytes=0,
         )
-        hello = Hello(protocol_version=1, rank=0, pid=1, device="cpu")
+        hello = Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu")
         frames = [b"", b"\xc1", os.urandom(100_000)]
         frames += [codec.encode(message) for message in (stale, ready, hello)]
         frames += [codec.encode(stale)[:-3], codec.encode(hello) * 2]

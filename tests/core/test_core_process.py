@@ -15,7 +15,15 @@ from tests.core.processes import ENVIRONMENT, CoreProcess, submit
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop
 from tokenloom.wire import codec
-from tokenloom.wire.messages import Configure, Hello, Progress, Ready, Shutdown, StepDone
+from tokenloom.wire.messages import (
+    PROTOCOL_VERSION,
+    Configure,
+    Hello,
+    Progress,
+    Ready,
+    Shutdown,
+    StepDone,
+)
 from tokenloom.worker.fake import FakeConfig, expected_tokens
 
 FAKE = FakeConfig()
@@ -135,7 +143,9 @@ def test_a_worker_that_breaks_the_protocol_is_told_to_leave() -> None:
     with CoreProcess() as core:
         worker = core.context.socket(zmq.DEALER)
         worker.connect(core.config.worker_endpoint)
-        worker.send(codec.encode(Hello(protocol_version=1, rank=0, pid=1, device="cpu")))
+        worker.send(
+            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu"))
+        )
         configure = codec.decode_to_worker(worker.recv())
         assert isinstance(configure, Configure)
         ready = Ready(
@@ -179,7 +189,7 @@ def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
             codec.encode(done),
             codec.encode(Progress(epoch=1, phase="loading", fraction=0.5)),
             codec.encode(Hello(protocol_version=99, rank=0, pid=1, device="cpu")),
-            codec.encode(Hello(protocol_version=1, rank=0, pid=1, device="cpu")),
+            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu")),
         ]
         for frame in frames:
             stranger.send(frame)
