@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.supervise import Child, supervise
-from tokenloom.wire.started import process_start_s
 
 _MAX_SOCKET_PATH_BYTES = 107
 """What Linux takes as the path of a Unix socket."""
@@ -138,12 +137,7 @@ def _run(args: argparse.Namespace, worker_options: list[str] | None) -> int:
         with _run_dir(args.run_dir) as run_dir:
             given = {name: getattr(args, name) for name, _, _ in _SCHEDULER_OPTIONS}
             config = SchedulerConfig(
-                model=args.model,
-                run_dir=run_dir,
-                prefix_cache=args.prefix_cache,
-                # Without a worker of its own it does not know when one will come.
-                started_s=None if worker_options is None else process_start_s(),
-                **given,
+                model=args.model, run_dir=run_dir, prefix_cache=args.prefix_cache, **given
             )
             return supervise(_children(config, worker_options))
     except ConfigError as error:

@@ -38,8 +38,6 @@ class SchedulerConfig:
     """Whether blocks of finished requests are kept and found again."""
     grace_s: float = 30.0
     """After SIGTERM: how long running requests may take to finish."""
-    started_s: float | None = None
-    """When the command was started, by this host's monotonic clock; None: not told."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -22,6 +22,7 @@ from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
 from tokenloom.scheduler.front.text import TextModel
 from tokenloom.scheduler.messages import ModelReady
+from tokenloom.wire.started import process_start_s
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -94,8 +95,7 @@ class FrontServer:
         self._servicer.model = model
         self._health_changed.set()
         if isinstance(model, ModelReady):
-            started = _started(model, self._config.started_s, time.monotonic())
-            _log.info("serving %s on %s%s", self._config.name, self.address, started)
+            _log.info("serving %s on %s%s", self._config.name, self.address, _start_told(model))
 
     async def _follow_health(self) -> None:
         while True:
@@ -137,15 +137,13 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
         await server.stop()
 
 
-def _started(model: ModelReady, started_s: float | None, now_s: float) -> str:
+def _start_told(model: ModelReady) -> str:
     """Returns what the start took, from the command to serving, as the end of a sentence."""
-    if started_s is None or model.epoch != 1:  # later epochs begin long after the start
+    if model.epoch != 1:  # a later one begins long after the start
         return ""
-    whole_s = now_s - started_s
-    beside_s = whole_s - sum(seconds for _, seconds in model.phases)
-    phases = (("processes", beside_s), *model.phases)
-    told = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases)
-    return f", {whole_s:.1f} s after the start: {told}"
+    whole_s = time.monotonic() - process_start_s(os.getppid())  # the command started the front
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in model.phases)
+    return f", {whole_s:.1f} s after the start; the worker: {phases}"
 
 
 async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> None:
