@@ -161,8 +161,8 @@ def _parser() -> argparse.ArgumentParser:
         "--kernel-cache",
         type=Path,
         metavar="DIR",
-        help="folder of mode 700 that keeps compiled kernels (default: tokenloom/kernels in the"
-        " user's cache folder)",
+        help="folder of mode 700 that keeps what is compiled: kernels, and bytecode where Python"
+        " has none (default: tokenloom/kernels in the user's cache folder)",
     )
     _add_profile_options(parser)
     return parser

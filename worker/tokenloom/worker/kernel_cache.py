@@ -1,13 +1,19 @@
-"""Where compiled kernels are kept, so that only a machine's first start compiles them.
+"""Where what was compiled is kept, so that only a machine's first start compiles it.
 
-Set before Triton and flash-attn-4 are imported, which read their variables then. Code is
-loaded from there: the folder belongs to this user, and nobody else may write to it.
+    DIR/triton     Triton's kernels
+    DIR/flash      flash-attn-4's
+    DIR/bytecode   Python's own, where the installation has none
+
+Set before torch, Triton and flash-attn-4 are imported, which read their variables then. Code
+is loaded from there: the folder belongs to this user, and nobody else may write to it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from tokenloom.worker.errors import LoadError
@@ -20,7 +26,7 @@ _TRITON_FOLDER = "TRITON_CACHE_DIR"
 
 
 def keep_kernels(folder: Path | None) -> None:
-    """Has compiled kernels kept in a folder; None: one in the user's cache folder.
+    """Has what is compiled kept in a folder; None: one in the user's cache folder.
 
     Variables that are set already are left as they are. Without a home that can be
     written to, kernels are compiled at each start.
@@ -40,6 +46,23 @@ def keep_kernels(folder: Path | None) -> None:
     os.environ.setdefault(_TRITON_FOLDER, str(chosen / "triton"))
     os.environ.setdefault(_FLASH_FOLDER, str(chosen / "flash"))
     os.environ.setdefault(_FLASH_ENABLED, "1")
+    _keep_bytecode(chosen / "bytecode")
+
+
+def _keep_bytecode(folder: Path) -> None:
+    """Has Python keep the bytecode of what is imported from now on, if torch comes without.
+
+    Some installers and images leave it out, and imports cannot write it to a folder of
+    another user or with PYTHONDONTWRITEBYTECODE. Torch and flash-attn-4 are thousands of
+    modules: compiled at each start they take three times as long to import.
+    """
+    if sys.pycache_prefix is not None:
+        return
+    torch = find_spec("torch")
+    if torch is None or torch.cached is None or Path(torch.cached).exists():
+        return
+    sys.pycache_prefix = str(folder)
+    sys.dont_write_bytecode = False  # it says to leave the installation as it is, which holds
 
 
 def _default_folder() -> Path:
