@@ -180,6 +180,6 @@ def _read(descriptor: int, staged: Tensor, piece: _Piece) -> None:
             raise CheckpointError(f"{piece.path} cannot be read: {error}") from error
         if num_new == 0:
             raise CheckpointError(
-                f"{piece.path} cannot be read: it ends at byte {piece.offset + num_read}"
+                f"{piece.path} cannot be read: it ends before byte {piece.offset + piece.num_bytes}"
             )
         num_read += num_new
