@@ -20,6 +20,7 @@ REQUIRED = (
     "README.md",
     "docs/architecture.md",
     "docs/glossary.md",
+    "docs/performance.md",
     "docs/protocol.md",
 )
 
