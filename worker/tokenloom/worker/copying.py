@@ -66,7 +66,7 @@ class Copying:
         *,
         num_threads: int | None = None,
     ) -> None:
-        """Nothing else may write to the places or read them until `wait` returned."""
+        """Until `wait` returned nothing else may write to the places; reading finds old or new."""
         self._device = device
         if num_threads is None:
             # One thread reads as fast as a CPU converts, which takes threads of its own.
