@@ -1,13 +1,13 @@
 """Streams through gRPC with a fake worker: what everything around the GPU can carry.
 
-    python bench/streams.py [--streams 1 64 256 1000] [--step-ms 5] [--seconds 10]
+    python bench/streams.py [--streams 1 64 256 1000] [--fronts 1] [--step-ms 5] [--seconds 10]
 
-Starts a front on the pocket model's tokenizer, a core and a fake worker that
+Starts fronts on the pocket model's tokenizer, a core and a fake worker that
 steps every --step-ms, and loads them with `tokenloom bench`.
 Prints for each number of streams a line of JSON: tokens and deltas per second
 beside the tokens wanted (what the worker's pace allows), CPU seconds of each
-process per 100,000 tokens, the core's delay (timed_core.py) and answer time
-(fake_worker.py), and the share of time that the worker waited for work.
+process per 100,000 tokens (of all fronts together), the core's delay (timed_core.py) and
+answer time (fake_worker.py), and the share of time that the worker waited for work.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 
 from tokenloom.scheduler.config import SchedulerConfig
+from tokenloom.scheduler.ports import shared_port
+
+T = TypeVar("T")
 
 BENCH = Path(__file__).parent
 MODEL = BENCH.parent / "models" / "pocket"
@@ -39,39 +42,51 @@ def main() -> None:
     """Measures each number of streams and prints a line of JSON for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256, 1000])
+    parser.add_argument("--fronts", type=int, nargs="+", default=[1])
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--processes", type=int, default=1, help="of clients")
     parser.add_argument("--tokens", default="256:768", help="that a stream asks for: N or A:B")
+    parser.add_argument("--spin-us", type=int, help="of core and worker (default: by the host)")
     options = parser.parse_args()
     for num_streams in options.streams:
-        with tempfile.TemporaryDirectory(prefix="loom-bench-") as run_dir:
-            result = measure(num_streams, options, Path(run_dir))
-        print(json.dumps(result), flush=True)
+        for num_fronts in options.fronts:
+            with tempfile.TemporaryDirectory(prefix="loom-bench-") as run_dir:
+                result = measure(num_streams, num_fronts, options, Path(run_dir))
+            print(json.dumps(result), flush=True)
 
 
-def measure(num_streams: int, options: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+def measure(
+    num_streams: int, num_fronts: int, options: argparse.Namespace, run_dir: Path
+) -> dict[str, Any]:
     """Returns the figures for one number of streams, with processes of their own."""
     vocab_size = json.loads((MODEL / "config.json").read_text())["vocab_size"]
-    config = SchedulerConfig(
-        model=str(MODEL),
-        run_dir=str(run_dir),
-        listen="127.0.0.1:0",
-        max_num_requests=max(256, num_streams),
-    )
-    commands = {
-        "core": (BENCH / "timed_core.py", run_dir / "core.json", config.to_json()),
-        "front": ("-m", "tokenloom.scheduler.front", config.to_json()),
-        "worker": (
-            *(BENCH / "fake_worker.py", config.worker_endpoint, options.step_ms),
-            *(vocab_size, run_dir / "worker.json"),
-        ),
-    }
     with ExitStack() as stack:
+        config = SchedulerConfig(
+            model=str(MODEL),
+            run_dir=str(run_dir),
+            listen=stack.enter_context(
+                shared_port("127.0.0.1:0") if num_fronts > 1 else nullcontext("127.0.0.1:0")
+            ),
+            num_fronts=num_fronts,
+            max_num_requests=max(256, num_streams),
+            spin_us=options.spin_us,
+        )
+        front = ("-m", "tokenloom.scheduler.front", config.to_json())
+        commands: dict[str, tuple[object, ...]] = {
+            "core": (BENCH / "timed_core.py", run_dir / "core.json", config.to_json()),
+            "worker": (
+                *(BENCH / "fake_worker.py", config.worker_endpoint, options.step_ms),
+                *(vocab_size, run_dir / "worker.json"),
+                *(() if options.spin_us is None else (options.spin_us,)),
+            ),
+            **{f"front {number}": front for number in range(num_fronts)},
+        }
         processes = {
             name: stack.enter_context(started(command)) for name, command in commands.items()
         }
-        address = wait_for(run_dir / "address", list(processes.values()))
+        wait_until_listening(processes)
+        address = (run_dir / "address").read_text()
         load = stack.enter_context(
             started(
                 (
@@ -92,21 +107,35 @@ def measure(num_streams: int, options: argparse.Namespace, run_dir: Path) -> dic
         end_s, after = time.monotonic(), cpu_s(processes)
         figures = load_figures(json.loads(load.communicate()[0]))
         for name in ("front", "core"):  # the core tells the worker
-            processes[name].terminate()
-            processes[name].wait(STOP_TIMEOUT_S)
+            for process in of_kind(processes, name):
+                process.terminate()
+            for process in of_kind(processes, name):
+                process.wait(STOP_TIMEOUT_S)
         processes["worker"].wait(STOP_TIMEOUT_S)
     num_tokens = figures["tokens_per_s"] * (end_s - begin_s)
-    used = {name: after[name] - before[name] for name in processes}
+    used = {
+        kind: sum(of_kind(after, kind)) - sum(of_kind(before, kind))
+        for kind in ("front", "core", "worker")
+    }
     delays = window(run_dir / "core.json", begin_s, end_s)
     steps = window(run_dir / "worker.json", begin_s, end_s)
     return (
         {"wanted_tokens_per_s": round(num_streams / (options.step_ms / 1000))}
+        | {"fronts": num_fronts}
         | figures
         | {
             f"{name}_cpu_s_per_100k_tokens": round(1e5 * s / num_tokens, 2)
             for name, s in used.items()
         }
         | {f"{name}_busy": round(s / (end_s - begin_s), 3) for name, s in used.items()}
+        | {
+            "each_front_busy": [
+                round((end - begin) / (end_s - begin_s), 2)
+                for begin, end in zip(
+                    of_kind(before, "front"), of_kind(after, "front"), strict=True
+                )
+            ]
+        }
         | {"core_delay_ms": percentiles_ms(delays[:, 1]), "answer_ms": percentiles_ms(steps[:, 1])}
         | {"worker_waited_share": round(float(steps[:, 2].sum() / (end_s - begin_s)), 4)}
     )
@@ -139,17 +168,28 @@ def started(command: Sequence[object], stdout: int | None = None) -> subprocess.
     return subprocess.Popen(argv, stdout=stdout, stderr=subprocess.DEVNULL)
 
 
-def wait_for(path: Path, processes: list[subprocess.Popen[bytes]]) -> str:
-    """Returns a file's text once it is there. Raises RuntimeError if a process ends instead."""
+def of_kind(by_name: dict[str, T], kind: str) -> list[T]:
+    """Returns what belongs to the processes of a kind: "front" is "front 0" and all others."""
+    return [value for name, value in by_name.items() if name.split()[0] == kind]
+
+
+def wait_until_listening(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Waits for all fronts. Raises RuntimeError if a process ends or the time does."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not path.exists():
-        ended = [process.args for process in processes if process.poll() is not None]
+    waiting = of_kind(processes, "front")
+    while waiting := [process for process in waiting if not listens(process.pid)]:
+        ended = [name for name, process in processes.items() if process.poll() is not None]
         if ended or time.monotonic() > deadline_s:
-            for process in processes:
+            for process in processes.values():
                 process.kill()
-            raise RuntimeError(f"{path.name} did not appear; ended by then: {ended}")
+            raise RuntimeError(f"{len(waiting)} fronts do not listen; ended by then: {ended}")
         time.sleep(0.05)
-    return path.read_text()
+
+
+def listens(pid: int) -> bool:
+    """Returns whether a process accepts TCP connections."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    return any(each.status == psutil.CONN_LISTEN for each in connections)
 
 
 def window(path: Path, begin_s: float, end_s: float) -> np.ndarray:

@@ -24,8 +24,8 @@ class Started:
         self.children: list[Child] = []
         monkeypatch.setattr(cli, "supervise", self._supervise)
 
-    def _supervise(self, children: list[Child]) -> int:
-        self.children = children
+    def _supervise(self, stages: list[list[Child]]) -> int:
+        self.children = [child for stage in stages for child in stage]
         self.run_dir_mode = Path(self.config.run_dir).stat().st_mode & 0o777
         return 0
 

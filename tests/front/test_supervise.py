@@ -52,7 +52,7 @@ def make(name, kind, stop_s):
     argv = (sys.executable, child, name, folder, kind)
     return Child(name=name, argv=argv, stop_s=stop_s, hurry_signal=signal.SIGINT)
 first = make("first", kind, 0.3 if kind == "deaf" else 60.0)
-sys.exit(supervise([first, make("second", "plain", 60.0), make("third", "plain", 60.0)]))
+sys.exit(supervise([[first], [make("second", "plain", 60.0)], [make("third", "plain", 60.0)]]))
 """
 NAMES = ("first", "second", "third")
 

@@ -15,11 +15,12 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.ports import shared_port
 from tokenloom.scheduler.supervise import Child, supervise
 
 _MAX_SOCKET_PATH_BYTES = 107
@@ -31,6 +32,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _DEFAULTS = {field.name: field.default for field in fields(SchedulerConfig)}
 _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("listen", str, "address of the gRPC server: HOST:PORT (port 0: a free one) or unix:PATH"),
+    ("num_fronts", int, "processes that speak gRPC; connections to the port are spread over them"),
     ("served_name", str, "name told to clients (default: the last part of MODEL)"),
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
     ("max_model_tokens", int, "longest prompt + completion (default: what the model allows)"),
@@ -134,36 +136,43 @@ def _run(args: argparse.Namespace, worker_options: list[str] | None) -> int:
     )
     try:
         _check_model(args.model)
-        with _run_dir(args.run_dir) as run_dir:
+        with ExitStack() as held:
+            run_dir = held.enter_context(_run_dir(args.run_dir))
             given = {name: getattr(args, name) for name, _, _ in _SCHEDULER_OPTIONS}
             config = SchedulerConfig(
                 model=args.model, run_dir=run_dir, prefix_cache=args.prefix_cache, **given
             )
-            return supervise(_children(config, worker_options))
+            if config.num_fronts > 1:
+                listen = held.enter_context(shared_port(config.listen))
+                config = replace(config, listen=listen)
+            return supervise(_stages(config, worker_options))
     except ConfigError as error:
         return _refuse(str(error))
 
 
-def _children(config: SchedulerConfig, worker_options: list[str] | None) -> list[Child]:
+def _stages(config: SchedulerConfig, worker_options: list[str] | None) -> list[list[Child]]:
     """Returns the processes in the order in which they end."""
     python = (sys.executable, "-m")
-    children = [
+    fronts = [
         Child(
-            name="front",
+            name="front" if config.num_fronts == 1 else f"front {number}",
             argv=(*python, "tokenloom.scheduler.front", config.to_json()),
             stop_s=config.grace_s + _STOP_S,
             hurry_signal=signal.SIGUSR1,
-        ),
-        Child(
-            name="core",
-            argv=(*python, "tokenloom.scheduler.core", config.to_json()),
-            stop_s=_STOP_S,
-        ),
+            restarts=True,
+        )
+        for number in range(1, config.num_fronts + 1)
     ]
-    if worker_options is not None:
-        argv = (*python, "tokenloom.worker", f"--connect={config.worker_endpoint}")
-        children.append(Child(name="worker", argv=(*argv, *worker_options), stop_s=_STOP_S))
-    return children
+    core = Child(
+        name="core",
+        argv=(*python, "tokenloom.scheduler.core", config.to_json()),
+        stop_s=_STOP_S,
+    )
+    if worker_options is None:
+        return [fronts, [core]]
+    argv = (*python, "tokenloom.worker", f"--connect={config.worker_endpoint}")
+    worker = Child(name="worker", argv=(*argv, *worker_options), stop_s=_STOP_S)
+    return [fronts, [core], [worker]]
 
 
 def _check_model(model: str) -> None:

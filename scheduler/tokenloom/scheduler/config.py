@@ -20,6 +20,9 @@ class SchedulerConfig:
     """Name told to clients; empty: the last part of `model`."""
     listen: str = "127.0.0.1:50051"
     """Address of the gRPC server; `unix:PATH` is a Unix socket; port 0 picks a free one."""
+    num_fronts: int = 1
+    """Processes that speak gRPC, on one port. With more than one, `listen` names a port that
+    the supervisor holds for them."""
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`, or `auto` for the checkpoint's own."""
     max_model_tokens: int | None = None
@@ -36,11 +39,14 @@ class SchedulerConfig:
     """Tokens kept for a client that does not read; past it the stream is ended."""
     prefix_cache: bool = True
     """Whether blocks of finished requests are kept and found again."""
+    spin_us: int | None = None
+    """How long core and worker look for news before they sleep; None: as the host allows."""
     grace_s: float = 30.0
     """After SIGTERM: how long running requests may take to finish."""
 
     def __post_init__(self) -> None:
         for name in (
+            "num_fronts",
             "max_num_requests",
             "max_step_tokens",
             "max_waiting_requests",
@@ -55,8 +61,15 @@ class SchedulerConfig:
                 f"max_step_tokens is {self.max_step_tokens}; it must be at least "
                 f"max_num_requests ({self.max_num_requests}): each running request takes one a step"
             )
+        if self.num_fronts > 1 and self.listen.startswith("unix:"):
+            raise ConfigError(
+                f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
+                "a Unix socket has one front, only a port can be shared"
+            )
         if self.max_model_tokens is not None and self.max_model_tokens < 2:
             raise ConfigError(f"max_model_tokens is {self.max_model_tokens}; it must be at least 2")
+        if self.spin_us is not None and self.spin_us < 0:
+            raise ConfigError(f"spin_us is {self.spin_us}; it must not be negative")
         if self.grace_s < 0:
             raise ConfigError(f"grace_s is {self.grace_s}; it must not be negative")
 

@@ -1,14 +1,14 @@
 """Starts the processes of one machine, watches them, and ends them in order.
 
-Children are given in the order in which they end; each may rely on those
-after it. They start the other way round.
+Children are given in stages, in the order in which they end; each may rely on those
+of the stages after it. They start the other way round.
 
-    children   front ──▶ core ──▶ worker
-    start        3         2        1
-    end          1         2        3       each is waited for before the next
+    stages     fronts ──▶ core ──▶ worker
+    start        3          2        1
+    end          1          2        3       each stage is waited for before the next
 
-A child that dies by itself ends everything, and the exit code says so. No child
-survives the supervisor, not even one that is killed.
+A child that dies by itself ends everything, and the exit code says so, unless it may be
+started again. No child survives the supervisor, not even one that is killed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ _PR_SET_PDEATHSIG = 1
 """<linux/prctl.h>: the signal that a process gets when its parent ends."""
 _KILL_S = 5.0
 """How long anything may take to end once time is up, before it is killed."""
+_FIRST_PAUSE_S = 0.1
+"""Before a child that died starts again; each further death in a row doubles it."""
+_MAX_DEATHS = 6
+"""Of one child in a row; this many end everything."""
+_STEADY_S = 30.0
+"""A child that lived this long begins a new row of deaths."""
 UNUSABLE_OPTIONS = 2
 """The exit code of a process that refuses its options or its configuration."""
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -46,17 +52,20 @@ class Child:
     """How long it may take to end after SIGTERM; then it is killed."""
     hurry_signal: signal.Signals = signal.SIGTERM
     """Ends it without its grace period."""
+    restarts: bool = False
+    """Whether the others go on when it dies, and it is started again."""
 
 
-def supervise(children: Sequence[Child]) -> int:
-    """Runs the children until SIGTERM, SIGINT or the death of one; returns the exit code.
+def supervise(stages: Sequence[Sequence[Child]]) -> int:
+    """Runs the children until SIGTERM, SIGINT or a death; returns the exit code.
 
-    The first signal ends the children in order, each within its `stop_s`; a
+    The first signal ends the stages in order, each child within its `stop_s`; a
     second one hurries them. 0: all ended well when told; 2: a child ended by itself with
-    2, as one does that cannot use its options; 1: anything else.
+    2, as one does that cannot use its options; 1: anything else. Deaths after which a child
+    is started again do not count.
     """
     with _wakeup() as wait:
-        processes = _Processes(children, wait)
+        processes = _Processes(stages, wait)
         try:
             processes.start()
             dead = processes.wait_for_signal()
@@ -93,68 +102,122 @@ def _wakeup() -> Iterator[Callable[[float | None], set[int]]]:
         os.close(writer)
 
 
+@dataclass(kw_only=True)
+class _Deaths:
+    """How often a child that may be started again has died in a row."""
+
+    num: int = 0
+    started_s: float = 0.0
+    due_s: float | None = None
+    """When it starts again; None: it runs."""
+
+
 class _Processes:
     """The children's processes, in the order in which they end."""
 
-    def __init__(self, children: Sequence[Child], wait: Callable[[float | None], set[int]]) -> None:
-        self._children = tuple(children)
+    def __init__(
+        self, stages: Sequence[Sequence[Child]], wait: Callable[[float | None], set[int]]
+    ) -> None:
+        self._stages = tuple(tuple(stage) for stage in stages)
         self._wait = wait
         self._running: dict[Child, subprocess.Popen[bytes]] = {}
+        self._deaths = {child: _Deaths() for stage in stages for child in stage if child.restarts}
+        self._before_exec = _die_with(os.getpid())
 
     def start(self) -> None:
-        before_exec = _die_with(os.getpid())
-        for child in reversed(self._children):
-            self._running[child] = subprocess.Popen(
-                child.argv,
-                stdin=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C on the terminal goes to the supervisor alone
-                preexec_fn=before_exec,  # noqa: PLW1509 - no thread runs here
-            )
+        for stage in reversed(self._stages):
+            for child in stage:
+                self._start(child)
+
+    def _start(self, child: Child) -> None:
+        self._running[child] = subprocess.Popen(
+            child.argv,
+            stdin=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C on the terminal goes to the supervisor alone
+            preexec_fn=self._before_exec,  # noqa: PLW1509 - no thread runs here
+        )
+        if (deaths := self._deaths.get(child)) is not None:
+            deaths.started_s, deaths.due_s = time.monotonic(), None
 
     def wait_for_signal(self) -> Child | None:
-        """Waits for a signal to stop, or returns the first child that died."""
+        """Waits for a signal to stop, or returns the first child whose death ends everything."""
         while True:
-            for child, process in self._running.items():
-                if process.poll() is not None:
+            for child, process in tuple(self._running.items()):
+                if process.poll() is None:
+                    continue
+                pause_s = self._pause_s(child, process)
+                if pause_s is None:
                     _log.error("%s %s; ending everything", child.name, _ending(process))
                     return child
-            if self._wait(None) & _STOP_SIGNALS:
+                _log.error("%s %s; it starts again", child.name, _ending(process))
+                del self._running[child]
+                self._deaths[child].due_s = time.monotonic() + pause_s
+            if self._wait(self._start_due()) & _STOP_SIGNALS:
                 return None
+
+    def _pause_s(self, child: Child, process: subprocess.Popen[bytes]) -> float | None:
+        """Returns how long a child that died pauses; None: it does not start again."""
+        deaths = self._deaths.get(child)
+        if deaths is None or process.returncode == UNUSABLE_OPTIONS:
+            return None
+        if time.monotonic() - deaths.started_s >= _STEADY_S:
+            deaths.num = 0
+        deaths.num += 1
+        return None if deaths.num >= _MAX_DEATHS else _FIRST_PAUSE_S * 2 ** (deaths.num - 1)
+
+    def _start_due(self) -> float | None:
+        """Starts what has paused long enough; returns the seconds until the next is due."""
+        now_s = time.monotonic()
+        left_s = []
+        for child, deaths in self._deaths.items():
+            if deaths.due_s is None:
+                continue
+            if deaths.due_s <= now_s:
+                self._start(child)
+            else:
+                left_s.append(deaths.due_s - now_s)
+        return min(left_s, default=None)
 
     def forget(self, dead: Child) -> int:
         """Leaves a child out that has died and was told of; returns its exit code."""
         return int(self._running.pop(dead).returncode)
 
     def stop(self, *, in_hurry: bool) -> bool:
-        """Ends the children in order; returns whether all ended well, and in time."""
+        """Ends the stages in order; returns whether all children ended well, and in time."""
         all_well = True
-        for child in self._children:
-            process = self._running.get(child)
-            if process is None:
-                continue
-            in_hurry = self._stop(child, process, in_hurry=in_hurry)
-            # A process that has not come to install its handlers ends by the signal itself.
-            if process.returncode not in {0, -signal.SIGTERM, -child.hurry_signal}:
-                _log.error("%s %s", child.name, _ending(process))
-                all_well = False
-            del self._running[child]
+        for stage in self._stages:
+            children = [child for child in stage if child in self._running]
+            in_hurry = self._stop(children, in_hurry=in_hurry)
+            for child in children:
+                process = self._running.pop(child)
+                # One that has not come to install its handlers ends by the signal itself.
+                if process.returncode not in {0, -signal.SIGTERM, -child.hurry_signal}:
+                    _log.error("%s %s", child.name, _ending(process))
+                    all_well = False
         return all_well
 
-    def _stop(self, child: Child, process: subprocess.Popen[bytes], *, in_hurry: bool) -> bool:
-        """Ends one child; returns whether there is a hurry by now."""
-        process.send_signal(child.hurry_signal if in_hurry else signal.SIGTERM)
-        deadline = time.monotonic() + (_KILL_S if in_hurry else child.stop_s)
-        while process.poll() is None:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                _log.error("%s does not end; it is killed", child.name)
-                process.kill()
-                process.wait()
-            elif self._wait(left_s) & _STOP_SIGNALS and not in_hurry:
+    def _stop(self, children: Sequence[Child], *, in_hurry: bool) -> bool:
+        """Ends children together; returns whether there is a hurry by now."""
+        deadlines = self._tell(children, in_hurry=in_hurry)
+        while left := [child for child in children if self._running[child].poll() is None]:
+            now_s = time.monotonic()
+            for child in left:
+                if deadlines[child] <= now_s:
+                    _log.error("%s does not end; it is killed", child.name)
+                    self._running[child].kill()
+                    self._running[child].wait()
+            wait_s = max(0.0, min(deadlines[child] for child in left) - now_s)
+            if self._wait(wait_s) & _STOP_SIGNALS and not in_hurry:
                 in_hurry = True
-                process.send_signal(child.hurry_signal)
-                deadline = time.monotonic() + _KILL_S
+                deadlines = self._tell(left, in_hurry=True)
         return in_hurry
+
+    def _tell(self, children: Sequence[Child], *, in_hurry: bool) -> dict[Child, float]:
+        """Tells children to end; returns when each must have ended."""
+        now_s = time.monotonic()
+        for child in children:
+            self._running[child].send_signal(child.hurry_signal if in_hurry else signal.SIGTERM)
+        return {child: now_s + (_KILL_S if in_hurry else child.stop_s) for child in children}
 
     def kill(self) -> None:
         """Leaves nothing behind, whatever went wrong."""

@@ -34,6 +34,7 @@ from tokenloom.wire.messages import (
     ToCore,
     ToWorker,
 )
+from tokenloom.wire.spin import Spin
 from tokenloom.worker.phases import Phases
 
 if TYPE_CHECKING:
@@ -148,10 +149,19 @@ class Link:
         self._context.term()
 
 
-def serve(runner: Runner, *, endpoint: str, rank: int, device: str, phases: Phases) -> int:
+def serve(
+    runner: Runner,
+    *,
+    endpoint: str,
+    rank: int,
+    device: str,
+    phases: Phases,
+    spin_us: int | None = None,
+) -> int:
     """Speaks with the core at `endpoint` until Shutdown, SIGTERM or an error.
 
     `phases` are those of the start; the core gets them with the first Ready.
+    For `spin_us` after a frame or a result it does not sleep; None: as the host allows.
 
     Returns the exit code: 0 after Shutdown or SIGTERM, 1 after a step that
     failed, 2 when the configuration cannot be loaded. Runs in the main thread.
@@ -161,7 +171,10 @@ def serve(runner: Runner, *, endpoint: str, rank: int, device: str, phases: Phas
     link = Link(endpoint)
     linger_ms = 0
     try:
-        code = _Conversation(link, runner, phases, rank=rank, device=device).run()
+        conversation = _Conversation(
+            link, runner, phases, Spin(spin_us), rank=rank, device=device
+        )
+        code = conversation.run()
         linger_ms = _FAILED_LINGER_MS
     finally:
         # Nothing is left to end, and an exiting interpreter would show the exception.
@@ -172,12 +185,20 @@ def serve(runner: Runner, *, endpoint: str, rank: int, device: str, phases: Phas
 
 class _Conversation:
     def __init__(
-        self, link: Link, runner: Runner, phases: Phases, *, rank: int, device: str
+        self,
+        link: Link,
+        runner: Runner,
+        phases: Phases,
+        spin: Spin,
+        *,
+        rank: int,
+        device: str,
     ) -> None:
         self._link = link
         self._runner = runner
         self._phases: Phases | None = phases
         """Until the first epoch is ready."""
+        self._spin = spin
         self._hello = Hello(
             protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid(), device=device
         )
@@ -193,6 +214,8 @@ class _Conversation:
             if failure is not None:
                 return failure
             message = self._link.receive()
+            if message is not None:
+                self._spin.news()
             match message:
                 case None:
                     failure = None
@@ -210,6 +233,8 @@ class _Conversation:
 
     def _idle(self) -> None:
         """Waits for a frame or a result, and for a core while there is none."""
+        if self._spin.goes_on():
+            return
         if self._link.take_disconnections() and self._epoch is not None:
             _log.warning("the core is gone; waiting for another")
             self._epoch = None
@@ -271,6 +296,7 @@ class _Conversation:
             except Exception as error:  # noqa: BLE001 - whatever it is, the core must hear of it
                 return self._fail(self._epoch or 0, error, EXIT_STEP_FAILED)
             self._link.send(done)
+            self._spin.news()
         return None
 
     def _fail(self, epoch: int, error: Exception, code: int) -> int:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import assert_never
+from typing import Any, assert_never
 
 import msgspec
 import zmq
@@ -45,6 +45,7 @@ from tokenloom.wire.messages import (
     StepDone,
     ToWorker,
 )
+from tokenloom.wire.spin import Spin
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +100,10 @@ class CoreLoop:
         poller.register(self._fronts, zmq.POLLIN)
         poller.register(self._workers, zmq.POLLIN)
         poller.register(stop_fd, zmq.POLLIN)
+        spin = Spin(self._config.spin_us)
         due_s: float | None = None
         while True:
-            left_s = None if due_s is None else max(0.0, due_s - time.monotonic())
-            ready = dict(poller.poll(None if left_s is None else math.ceil(1000 * left_s)))
+            ready = _poll(poller, spin, due_s)
             if stop_fd in ready:
                 break
             if self._workers in ready:
@@ -357,6 +358,18 @@ class CoreLoop:
         self._num_dropped_frames += 1
         if self._num_dropped_frames.bit_count() == 1:
             log.warning("dropped frame %d: %s", self._num_dropped_frames, why)
+
+
+def _poll(poller: zmq.Poller, spin: Spin, due_s: float | None) -> dict[Any, int]:
+    """Returns what is readable, empty once `due_s` is there; sleeps when there is no news."""
+    while spin.goes_on():
+        if ready := dict(poller.poll(0)):
+            break
+    else:
+        left_s = None if due_s is None else max(0.0, due_s - time.monotonic())
+        ready = dict(poller.poll(None if left_s is None else math.ceil(1000 * left_s)))
+    spin.news()
+    return ready
 
 
 def _model_ready(spec: ModelSpec) -> ModelReady:

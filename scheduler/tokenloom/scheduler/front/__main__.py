@@ -15,7 +15,9 @@ from tokenloom.scheduler.front.text import CheckpointError, load_text_model
 def main(argv: list[str]) -> int:
     """Runs a front until SIGTERM. Returns the exit code."""
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s front %(levelname)s %(message)s", stream=sys.stderr
+        level=logging.INFO,
+        format="%(asctime)s front[%(process)d] %(levelname)s %(message)s",
+        stream=sys.stderr,
     )
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the Hub's client logs each request
     try:

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
 from tokenloom.scheduler.front.text import TextModel
 from tokenloom.scheduler.messages import ModelReady
+from tokenloom.scheduler.ports import check_free
 from tokenloom.wire.started import process_start_s
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -38,10 +38,7 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping every 10 s; gRPC's own 5 minutes would cut them off.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    # A port that another server has is an error, not a port shared in silence.
-    ("grpc.so_reuseport", 0),
 )
-_MAX_PORT = 65535
 _LAST_CALLS_S = 0.5
 """For calls that are nearly done when the streams are; health watches end with it."""
 
@@ -59,7 +56,9 @@ class FrontServer:
         self._health = health.aio.HealthServicer()
         self._health_changed = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
-        self._server = grpc.aio.server(options=_OPTIONS)
+        # A port that another server has is an error, not a port shared in silence.
+        sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
+        self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
@@ -70,6 +69,8 @@ class FrontServer:
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
         await self._tell_health()
+        if self._config.num_fronts == 1:  # else the supervisor holds the port
+            check_free(self._config.listen)
         self.address = _bind(self._server, self._config.listen)
         await self._server.start()
         self._health_task = asyncio.create_task(self._follow_health())
@@ -159,7 +160,6 @@ async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> N
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:
     """Binds the server; returns the address with the real port. Raises ConfigError."""
-    _check_free(listen)
     # The umask counts only for a Unix socket: other users could otherwise connect.
     umask = os.umask(0o177)
     try:
@@ -171,44 +171,6 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     if listen.startswith("unix:"):
         return listen
     return f"{listen.rpartition(':')[0]}:{port}"
-
-
-def _check_free(listen: str) -> None:
-    """Refuses what gRPC would take in silence. Raises ConfigError.
-
-    It binds a port beyond 65535 modulo 65536, is content with one of a host's addresses when
-    others are taken, and takes a Unix socket away from the server that listens on it.
-    """
-    if not listen.startswith("unix:"):
-        _check_port_free(listen)
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(listen.removeprefix("unix:").removeprefix("//"))
-        except OSError:  # nobody listens there; binding tells what else may be wrong
-            return
-    raise ConfigError(f"cannot listen on {listen}: another server listens there")
-
-
-def _check_port_free(listen: str) -> None:
-    """Refuses a port beyond the last, and one that is taken on any address of the host."""
-    host, _, port = listen.rpartition(":")
-    if not port.isdecimal() or int(port) == 0:
-        return
-    if int(port) > _MAX_PORT:
-        raise ConfigError(f"cannot listen on {listen}: ports end at {_MAX_PORT}")
-    try:
-        addresses = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {listen}: {error}") from error
-    for family, kind, protocol, _, address in addresses:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                raise ConfigError(f"cannot listen on {address[0]}:{port}: {error}") from error
 
 
 def _write_address(run_dir: Path, address: str) -> None:
