@@ -31,6 +31,7 @@ def running_state(num_requests: int, block_size: int) -> State:
         Limits(
             max_num_requests=num_requests,
             max_step_tokens=max(8192, 2 * num_requests),
+            max_mixed_prompt_tokens=8192,
             max_waiting_requests=num_requests,
             max_waiting_tokens=10**9,
         )

@@ -1,6 +1,6 @@
 """Core and worker alone: does the next step come before a short one has ended?
 
-    python bench/round_trip.py [--step-ms 0.5 1 5] [--streams 1 64 256] [--spin-us 0 2000] [--pin]
+    python -m bench.round_trip [--step-ms 0.5 1 5] [--streams 1 64 256] [--spin-us 0 2000] [--pin]
 
 Starts a core and a fake worker (fake_worker.py), is the front itself, and keeps --streams
 requests running without gRPC. Prints a table: steps per second beside those that the worker's
@@ -17,16 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import zmq
 
-from fake_worker import MAX_MODEL_TOKENS
-from streams import BENCH, STOP_TIMEOUT_S, cpu_s, percentiles_ms, window
+from bench.fake_worker import MAX_MODEL_TOKENS
+from bench.streams import BENCH, STOP_TIMEOUT_S, cpu_s, percentiles_ms, window
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.messages import (
     Attach,
@@ -44,8 +43,10 @@ NUM_PROMPT_TOKENS = 16
 WARMUP_S = 0.3
 CPUS = {"core": {0, 1}, "worker": {2, 3}}
 START_TIMEOUT_MS = 30_000
-COLUMNS = ("step ms", "streams", "spin µs", "pinned", "steps/s", "wanted", "waited %")
-COLUMNS += ("answer p50", "p99 µs", "delay p50", "p99 µs", "core busy", "worker busy")
+COLUMNS = (
+    *("step ms", "streams", "spin µs", "pinned", "steps/s", "wanted", "waited %"),
+    *("answer p50", "p99 µs", "delay p50", "p99 µs", "core busy", "worker busy"),
+)
 
 
 def main() -> None:

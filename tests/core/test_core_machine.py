@@ -33,8 +33,11 @@ class CoreMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 3, 4]),
         slots=st.integers(1, 4),
         budget=st.integers(4, 12),
+        mixed_budget=st.integers(1, 12),
     )
-    def begin(self, num_blocks: int, block_size: int, slots: int, budget: int) -> None:
+    def begin(
+        self, num_blocks: int, block_size: int, slots: int, budget: int, mixed_budget: int
+    ) -> None:
         self.config = FakeConfig(
             vocab_size=11,
             num_blocks=num_blocks,
@@ -46,6 +49,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.limits = Limits(
             max_num_requests=slots,
             max_step_tokens=budget,
+            max_mixed_prompt_tokens=mixed_budget,
             max_waiting_requests=6,
             max_waiting_tokens=60,
         )

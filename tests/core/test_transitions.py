@@ -26,6 +26,7 @@ def ready_state(*, prefix_cache: bool = True) -> State:
     limits = Limits(
         max_num_requests=2,
         max_step_tokens=2 * BLOCK_SIZE,
+        max_mixed_prompt_tokens=2 * BLOCK_SIZE,
         max_waiting_requests=100,
         max_waiting_tokens=10_000,
         prefix_cache=prefix_cache,

@@ -82,25 +82,32 @@ def test_every_field_of_the_configuration_has_an_option(
 ) -> None:
     settings: dict[str, object] = {
         "served_name": "parrot",
-        "listen": "0.0.0.0:0",
+        "num_fronts": 2,
         "dtype": "float32",
         "max_model_tokens": 77,
         "max_num_requests": 5,
         "max_step_tokens": 6,
+        "max_mixed_prompt_tokens": 4,
         "max_waiting_requests": 7,
         "max_waiting_tokens": 8,
         "max_stream_buffer_tokens": 9,
+        "spin_us": 123,
         "grace_s": 1.5,
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
-    cli.serve([str(checkpoint), f"--run-dir={run_dir}", "--no-prefix-cache", *options])
+    options += ["--listen=0.0.0.0:0", "--no-prefix-cache"]
+    cli.serve([str(checkpoint), f"--run-dir={run_dir}", *options])
     for field in fields(SchedulerConfig):
         if field.name in settings:
             assert getattr(started.config, field.name) == settings[field.name]
         else:
-            assert field.name in {"model", "run_dir", "prefix_cache"}
+            assert field.name in {"model", "run_dir", "listen", "prefix_cache"}
     assert not started.config.prefix_cache
+    host, port = started.config.listen.split(":")
+    assert host == "0.0.0.0"
+    assert int(port) > 0  # known before two fronts share it
+    assert "--spin-us=123" in started.argv("worker")
     assert started.config.run_dir == str(run_dir)
 
 

@@ -39,6 +39,8 @@ signal.signal(signal.SIGTERM, on_term)
 signal.signal(signal.SIGINT, on_int)
 open(f"{folder}/{name}.pid", "w").write(str(os.getpid()))
 note("start")
+if os.path.exists(f"{folder}/{name}.code"):
+    sys.exit(int(open(f"{folder}/{name}.code").read()))
 while not os.path.exists(f"{folder}/{name}.die"):
     time.sleep(0.01)
 sys.exit(3)
@@ -50,7 +52,10 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 child, folder, kind = sys.argv[1:]
 def make(name, kind, stop_s):
     argv = (sys.executable, child, name, folder, kind)
-    return Child(name=name, argv=argv, stop_s=stop_s, hurry_signal=signal.SIGINT)
+    restarts = kind == "restarting"
+    return Child(
+        name=name, argv=argv, stop_s=stop_s, hurry_signal=signal.SIGINT, restarts=restarts
+    )
 first = make("first", kind, 0.3 if kind == "deaf" else 60.0)
 sys.exit(supervise([[first], [make("second", "plain", 60.0)], [make("third", "plain", 60.0)]]))
 """
@@ -72,9 +77,12 @@ class Supervised:
         self.children = [psutil.Process(pid) for pid in pids]
 
     @property
+    def log_file(self) -> Path:
+        return self.folder / "log"
+
+    @property
     def log(self) -> list[str]:
-        path = self.folder / "log"
-        return path.read_text().splitlines() if path.exists() else []
+        return self.log_file.read_text().splitlines() if self.log_file.exists() else []
 
     def until(self, line: str) -> None:
         deadline = time.monotonic() + 30
@@ -144,6 +152,34 @@ def test_a_child_that_dies_ends_everything(supervised: Supervised, name: str) ->
     assert supervised.no_child_is_left()
     for other in NAMES:
         assert (f"{other} int" in supervised.log) == (other != name)
+
+
+@pytest.mark.parametrize("kind", ["restarting"])
+def test_a_child_that_may_be_started_again_is_and_the_others_go_on(supervised: Supervised) -> None:
+    for _ in range(2):
+        supervised.log_file.unlink()
+        supervised.children[0].kill()
+        supervised.until("first start")
+        supervised.children[0] = psutil.Process(int((supervised.folder / "first.pid").read_text()))
+        assert supervised.log == ["first start"]
+    supervised.process.send_signal(signal.SIGTERM)
+    code, errors = supervised.ended()
+    assert code == 0
+    assert errors.count("was killed by SIGKILL; it starts again") == 2
+    assert supervised.no_child_is_left()
+
+
+@pytest.mark.parametrize("kind", ["restarting"])
+@pytest.mark.parametrize(("code", "num_starts"), [(2, 2), (3, 6)])
+def test_a_child_that_cannot_run_ends_everything(
+    supervised: Supervised, code: int, num_starts: int
+) -> None:
+    """By its exit code at once, else when it has died six times in a row."""
+    (supervised.folder / "first.code").write_text(str(code))
+    supervised.children[0].kill()
+    assert supervised.ended()[0] == (2 if code == 2 else 1)
+    assert supervised.log.count("first start") == num_starts
+    assert "third int" in supervised.log
 
 
 def test_a_killed_child_is_told_by_its_signal(supervised: Supervised) -> None:

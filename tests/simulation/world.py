@@ -79,6 +79,7 @@ class World:
         self.limits = Limits(
             max_num_requests=max_num_requests,
             max_step_tokens=max(max_num_requests, draw.choice([1, 5, 16, 64, 512])),
+            max_mixed_prompt_tokens=draw.choice([1, 4, 16, 512]),
             max_waiting_requests=draw.choice([4, 1000]),
             max_waiting_tokens=draw.choice([100, 100_000]),
             prefix_cache=draw.random() < 0.8,

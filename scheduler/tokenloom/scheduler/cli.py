@@ -38,9 +38,20 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("max_model_tokens", int, "longest prompt + completion (default: what the model allows)"),
     ("max_num_requests", int, "requests that run at once"),
     ("max_step_tokens", int, "tokens that one step computes at most"),
+    (
+        "max_mixed_prompt_tokens",
+        int,
+        "prompt tokens that a step computes beside decoding requests, unless many wait",
+    ),
     ("max_waiting_requests", int, "requests that may wait; one more is refused"),
     ("max_waiting_tokens", int, "prompt tokens that may wait in all; more are refused"),
     ("max_stream_buffer_tokens", int, "tokens kept for a client that does not read"),
+    (
+        "spin_us",
+        int,
+        "microseconds for which core and worker look for news before they sleep (default: "
+        "2000 with at least 8 CPUs, else 0)",
+    ),
     ("grace_s", float, "seconds that running requests may take to finish after SIGTERM"),
 )
 _WORKER_OPTIONS = (
@@ -80,6 +91,8 @@ def serve(argv: Sequence[str]) -> int:
         for name, _, _ in _WORKER_OPTIONS
         if getattr(args, name) is not None
     ]
+    if args.spin_us is not None:
+        worker_options.append(f"--spin-us={args.spin_us}")
     return _run(args, worker_options)
 
 

@@ -29,8 +29,10 @@ class SchedulerConfig:
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int = 256
     """Requests that run at once."""
-    max_step_tokens: int = 2048
+    max_step_tokens: int = 8192
     """Tokens that one step computes at most."""
+    max_mixed_prompt_tokens: int = 512
+    """Prompt tokens that a step computes beside decoding requests, unless many wait."""
     max_waiting_requests: int = 2048
     """Requests that may wait; one more is refused."""
     max_waiting_tokens: int = 8 * 1024 * 1024
@@ -49,6 +51,7 @@ class SchedulerConfig:
             "num_fronts",
             "max_num_requests",
             "max_step_tokens",
+            "max_mixed_prompt_tokens",
             "max_waiting_requests",
             "max_waiting_tokens",
             "max_stream_buffer_tokens",

@@ -61,9 +61,15 @@ def worker(argv: list[str] | None = None) -> int:
     except LoadError as error:
         _log.error("%s", error)
         return EXIT_LOAD_FAILED
-    device = str(runner.device)
     with _profiled(runner, args) as serving:
-        return serve(serving, endpoint=args.connect, rank=0, device=device, phases=phases)
+        return serve(
+            serving,
+            endpoint=args.connect,
+            rank=0,
+            device=str(runner.device),
+            phases=phases,
+            spin_us=args.spin_us,
+        )
 
 
 def _runner(options: WorkerOptions, phases: Phases, cpu_threads: int) -> ModelRunner:
@@ -142,6 +148,13 @@ def _parser() -> argparse.ArgumentParser:
         default=default_cpu_threads(),
         metavar="N",
         help="threads that compute on a CPU; half of the CPUs leaves some to the scheduler",
+    )
+    parser.add_argument(
+        "--spin-us",
+        type=int,
+        metavar="MICROSECONDS",
+        help="how long to look for news before sleeping (default: 2000 with at least 8 CPUs, else"
+        " 0)",
     )
     parser.add_argument(
         "--kv-cache-bytes",

@@ -77,6 +77,7 @@ class CoreLoop:
             Limits(
                 max_num_requests=config.max_num_requests,
                 max_step_tokens=config.max_step_tokens,
+                max_mixed_prompt_tokens=config.max_mixed_prompt_tokens,
                 max_waiting_requests=config.max_waiting_requests,
                 max_waiting_tokens=config.max_waiting_tokens,
                 prefix_cache=config.prefix_cache,

@@ -6,6 +6,16 @@ new requests from the queue, in its order and never past one that does not fit.
 A running request only ever lacks the block for its next token; if the pool has
 none, the youngest request gives way. The oldest one therefore always goes on,
 and each request becomes the oldest in time: nobody starves.
+
+How many prompt tokens a step takes is `prompt_budget`. Large steps compute prompts at the
+highest rate, and every stream in decode waits for their end:
+
+    nobody decodes       as many as a step holds: there is nobody to hold up
+    some decode          few, so that the step lasts a small multiple of one that only decodes
+    … and many wait      as many as a step holds: the queue is what delays most clients
+
+(Llama-3.1-8B on an H200: decoding for 100 requests takes 8 ms, 512 prompt tokens beside them
+bring that to 19, 8,192 to 220. `python -m tests.simulation.timed` shows what follows.)
 """
 
 from __future__ import annotations
@@ -15,12 +25,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenloom.scheduler.core.blocks import BlockPool
-from tokenloom.scheduler.core.state import Int64Array, Request, Slots, State, StepRecord
+from tokenloom.scheduler.core.state import Int64Array, Limits, Request, Slots, State, StepRecord
 from tokenloom.scheduler.messages import Admitted
 from tokenloom.wire.messages import Admit, Step
 
 RESERVE_DIVISOR = 50
 """At most this part of the pool is kept for the growth of those that run."""
+
+LONG_QUEUE = 8
+"""When more requests than this wait, prompts are computed in large steps beside decoding ones.
+
+Poisson arrivals at 90 % of saturation leave fewer in the queue; 32 prompts at once, more."""
 
 INTERVAL_WEIGHT = 0.1
 """Of the newest sample in the moving average of the admission interval."""
@@ -90,7 +105,7 @@ def plan(state: State, now: float) -> StepPlan | None:
     todo = slots.num_planned - slots.num_scheduled
     open_slots = (slots.serial != 0) & (slots.num_planned < slots.max_total)
     decoding = np.flatnonzero(open_slots & (todo == 1))
-    budget = state.limits.max_step_tokens - len(decoding)
+    budget = prompt_budget(state.limits, len(decoding), len(state.waiting))
 
     spans, lengths = [decoding], [np.ones(len(decoding), np.int64)]
     prefilling = np.flatnonzero(open_slots & (todo > 1))
@@ -118,6 +133,17 @@ def plan(state: State, now: float) -> StepPlan | None:
     if not len(span_slots):
         return None
     return _enter(state, slots, changes, span_slots, span_lengths)
+
+
+def prompt_budget(limits: Limits, num_decoding: int, num_waiting: int) -> int:
+    """Returns how many prompt tokens a step may compute beside `num_decoding` requests.
+
+    `num_waiting` is the number of requests in the queue.
+    """
+    room = limits.max_step_tokens - num_decoding
+    if num_decoding == 0 or num_waiting > LONG_QUEUE:
+        return room
+    return min(room, limits.max_mixed_prompt_tokens)
 
 
 def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> bool:

@@ -37,6 +37,8 @@ class Limits:
 
     max_num_requests: int
     max_step_tokens: int
+    max_mixed_prompt_tokens: int
+    """Of a step with decoding requests, unless many wait."""
     max_waiting_requests: int
     max_waiting_tokens: int
     prefix_cache: bool = True
