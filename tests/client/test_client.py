@@ -401,6 +401,23 @@ def test_client_reconnects_to_a_server_that_was_started_again(tmp_path: Path) ->
                 client.model()
 
 
+def test_each_client_has_a_connection_of_its_own() -> None:
+    peers = []
+
+    def respond(context: grpc.ServicerContext) -> Responses:
+        peers.append(context.peer())
+        return hello(context)
+
+    with (
+        serving(respond) as server,
+        Client(server.address) as one,
+        Client(server.address) as other,
+    ):
+        for client in (one, other, one):
+            client.generate("a").result()
+    assert peers[0] == peers[2] != peers[1]
+
+
 def test_given_channel_stays_open() -> None:
     with serving(hello) as server, grpc.insecure_channel(server.address) as channel:
         with Client(channel) as client:

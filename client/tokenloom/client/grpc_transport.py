@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _Response = TypeVar("_Response")
 
 _OPTIONS: list[tuple[str, int]] = [
+    # Connections are what a port spreads over its processes, and gRPC lets all channels of a
+    # process with the same target share one.
+    ("grpc.use_local_subchannel_pool", 1),
     # A peer that vanished without a word is noticed within 40 s of a running call. Servers
     # close connections that ping more often than they allow; tokenloom's allow 10 s.
     ("grpc.keepalive_time_ms", 30_000),
