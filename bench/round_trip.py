@@ -1,12 +1,11 @@
 """Core and worker alone: does the next step come before a short one has ended?
 
-    python -m bench.round_trip [--step-ms 0.5 1 5] [--streams 1 64 256] [--spin-us 0 2000] [--pin]
+    python -m bench.round_trip [--step-ms 0.5 1 5] [--streams 1 64 256] [--spin-us 0 1000]
 
 Starts a core and a fake worker (fake_worker.py), is the front itself, and keeps --streams
 requests running without gRPC. Prints a table: steps per second beside those that the worker's
 pace allows, the share of time that the worker waited for work, the answer time, the core's
-delay (timed_core.py), and how busy the two are. With --pin, core and worker have two CPUs
-each to themselves.
+delay (timed_core.py), and how busy the two are.
 """
 
 from __future__ import annotations
@@ -41,10 +40,9 @@ from tokenloom.wire.messages import SamplingParams
 VOCAB_SIZE = 32000
 NUM_PROMPT_TOKENS = 16
 WARMUP_S = 0.3
-CPUS = {"core": {0, 1}, "worker": {2, 3}}
 START_TIMEOUT_MS = 30_000
 COLUMNS = (
-    *("step ms", "streams", "spin µs", "pinned", "steps/s", "wanted", "waited %"),
+    *("step ms", "streams", "spin µs", "steps/s", "wanted", "waited %"),
     *("answer p50", "p99 µs", "delay p50", "p99 µs", "core busy", "worker busy"),
 )
 
@@ -54,8 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step-ms", type=float, nargs="+", default=[0.5, 1.0, 5.0])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--spin-us", type=int, nargs="+", default=[0, 2000])
-    parser.add_argument("--pin", action="store_true", help="two CPUs for each of core and worker")
+    parser.add_argument("--spin-us", type=int, nargs="+", default=[0, 1000])
     parser.add_argument("--seconds", type=float, default=1.0)
     options = parser.parse_args()
     print(" ".join(f"{name:>11}" for name in COLUMNS), flush=True)
@@ -63,28 +60,25 @@ def main() -> None:
         for num_streams in options.streams:
             for spin_us in options.spin_us:
                 with tempfile.TemporaryDirectory(prefix="loom-bench-") as run_dir:
-                    row = measure(Path(run_dir), step_ms, num_streams, spin_us, options)
+                    row = measure(Path(run_dir), step_ms, num_streams, spin_us, options.seconds)
                 print(" ".join(f"{value:>11}" for value in row), flush=True)
 
 
 def measure(
-    run_dir: Path, step_ms: float, num_streams: int, spin_us: int, options: argparse.Namespace
+    run_dir: Path, step_ms: float, num_streams: int, spin_us: int, seconds: float
 ) -> list[object]:
     """Returns a row of the table."""
     config = SchedulerConfig(
         model="fake",
         run_dir=str(run_dir),
         max_num_requests=num_streams,
-        max_step_tokens=8192,
         spin_us=spin_us,
     )
     core = ("timed_core.py", run_dir / "core.json", config.to_json())
     worker = ("fake_worker.py", config.worker_endpoint, step_ms, VOCAB_SIZE)
     with (
-        started(core, CPUS["core"] if options.pin else None) as core_process,
-        started(
-            (*worker, run_dir / "worker.json", spin_us), CPUS["worker"] if options.pin else None
-        ) as worker_process,
+        started(core) as core_process,
+        started((*worker, run_dir / "worker.json", spin_us)) as worker_process,
         zmq.Context() as context,
         context.socket(zmq.DEALER) as front,
     ):
@@ -95,33 +89,31 @@ def measure(
         read_for(front, WARMUP_S)
         processes = {"core": core_process, "worker": worker_process}
         before, begin_s = cpu_s(processes), time.monotonic()
-        read_for(front, options.seconds)
+        read_for(front, seconds)
         after, end_s = cpu_s(processes), time.monotonic()
         core_process.terminate()  # it tells the worker
         for process in processes.values():
             process.wait(STOP_TIMEOUT_S)
     steps = window(run_dir / "worker.json", begin_s, end_s)
     delays = window(run_dir / "core.json", begin_s, end_s)
-    seconds = end_s - begin_s
+    measured_s = end_s - begin_s
     answer, delay = percentiles_ms(steps[:, 1]), percentiles_ms(delays[:, 1])
     return [
-        *(step_ms, num_streams, spin_us, "yes" if options.pin else "no"),
-        *(round(len(steps) / seconds), round(1000 / step_ms)),
-        round(100 * float(steps[:, 2].sum()) / seconds, 2),
+        *(step_ms, num_streams, spin_us),
+        *(round(len(steps) / measured_s), round(1000 / step_ms)),
+        round(100 * float(steps[:, 2].sum()) / measured_s, 2),
         *(round(1000 * answer[name]) for name in ("p50", "p99")),
         *(round(1000 * delay[name]) for name in ("p50", "p99")),
-        *(round((after[name] - before[name]) / seconds, 2) for name in processes),
+        *(round((after[name] - before[name]) / measured_s, 2) for name in processes),
     ]
 
 
 @contextmanager
-def started(command: Sequence[object], cpus: set[int] | None) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a script of this folder on some CPUs until the end of `with`; its log is not shown."""
+def started(command: Sequence[object]) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a script of this folder until the end of `with`; its log is not shown."""
     script, *arguments = map(str, command)
     process = subprocess.Popen(
-        [sys.executable, BENCH / script, *arguments],
-        stderr=subprocess.DEVNULL,
-        preexec_fn=None if cpus is None else lambda: os.sched_setaffinity(0, cpus),  # noqa: PLW1509
+        [sys.executable, BENCH / script, *arguments], stderr=subprocess.DEVNULL
     )
     try:
         yield process

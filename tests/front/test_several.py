@@ -131,9 +131,9 @@ def test_sigterm_drains_all_fronts_together(
 def test_a_shared_port_is_held_while_nobody_listens() -> None:
     with shared_port("127.0.0.1:0") as address:
         port = int(address.rpartition(":")[2])
-        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            with shared_port(address):
-                pass
+        cannot_listen = f"cannot listen on 127.0.0.1:{port}"
+        with pytest.raises(ConfigError, match=cannot_listen), shared_port(address):
+            pass
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
     with shared_port(address) as again:

@@ -1,17 +1,18 @@
-"""How core and worker wait for each other: for a while they look again and again, then they sleep.
+"""How core and worker wait for each other while steps are short: they look again and again.
 
-Being woken takes tens of microseconds, several times on the way of a step and its result. That is
-hidden behind a long step and not behind a short one, so where CPUs are plenty the two stay awake.
+Being woken takes tens of microseconds, several times on the way of a step and its result. A long
+step hides that; between short ones the two stay awake, where CPUs are plenty.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
 
-DEFAULT_SPIN_US = 2000
-"""Longer than a short step; a longer one hides the way of its result."""
+DEFAULT_SPIN_US = 1000
+"""From steps of 1 ms on, being woken costs no steps (bench/README.md)."""
 MIN_CPUS = 8
 """With fewer, those who look again and again take the CPUs from those who have work."""
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -21,18 +22,21 @@ class Spin:
     """Tells whether to look again at once or to sleep."""
 
     def __init__(self, spin_us: int | None = None) -> None:
-        """`spin_us` is how long to look after the last news; None: as this host allows."""
+        """`spin_us` is how soon results must follow each other; None: as this host allows."""
         self._spin_s = (default_spin_us() if spin_us is None else spin_us) / 1e6
-        self._until_s = 0.0
+        self._last_s = -math.inf
+        self._until_s = -math.inf
 
-    def news(self) -> None:
-        """Something came: what follows may come soon."""
-        if self._spin_s:
-            self._until_s = time.monotonic() + self._spin_s
+    def result(self) -> None:
+        """A result came or went: soon after another, a third may be as soon."""
+        now_s = time.monotonic()
+        if now_s - self._last_s < self._spin_s:
+            self._until_s = now_s + self._spin_s
+        self._last_s = now_s
 
     def goes_on(self) -> bool:
-        """Returns whether the last news are fresh enough to look again at once."""
-        return self._spin_s > 0 and time.monotonic() < self._until_s
+        """Returns whether to look again at once."""
+        return time.monotonic() < self._until_s
 
 
 def default_spin_us() -> int:
@@ -41,7 +45,7 @@ def default_spin_us() -> int:
 
 
 def num_cpus() -> float:
-    """Returns how many CPUs this process may use: those of its affinity, or of its quota if less."""
+    """Returns how many CPUs this process may use, by its affinity and its quota."""
     allowed = float(len(os.sched_getaffinity(0)))
     try:
         quota, period = _CPU_QUOTA.read_text().split()

@@ -153,8 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--spin-us",
         type=int,
         metavar="MICROSECONDS",
-        help="how long to look for news before sleeping (default: 2000 with at least 8 CPUs, else"
-        " 0)",
+        help="of a step that is waited for awake (default: 1000 with 8 CPUs, else 0)",
     )
     parser.add_argument(
         "--kv-cache-bytes",

@@ -161,7 +161,7 @@ def serve(
     """Speaks with the core at `endpoint` until Shutdown, SIGTERM or an error.
 
     `phases` are those of the start; the core gets them with the first Ready.
-    For `spin_us` after a frame or a result it does not sleep; None: as the host allows.
+    While results follow each other within `spin_us` it does not sleep; None: as the host allows.
 
     Returns the exit code: 0 after Shutdown or SIGTERM, 1 after a step that
     failed, 2 when the configuration cannot be loaded. Runs in the main thread.
@@ -214,8 +214,6 @@ class _Conversation:
             if failure is not None:
                 return failure
             message = self._link.receive()
-            if message is not None:
-                self._spin.news()
             match message:
                 case None:
                     failure = None
@@ -296,7 +294,7 @@ class _Conversation:
             except Exception as error:  # noqa: BLE001 - whatever it is, the core must hear of it
                 return self._fail(self._epoch or 0, error, EXIT_STEP_FAILED)
             self._link.send(done)
-            self._spin.news()
+            self._spin.result()
         return None
 
     def _fail(self, epoch: int, error: Exception, code: int) -> int:

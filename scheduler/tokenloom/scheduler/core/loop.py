@@ -108,6 +108,7 @@ class CoreLoop:
             if stop_fd in ready:
                 break
             if self._workers in ready:
+                spin.result()
                 self._receive_from_workers()
             if due_s is not None and time.monotonic() >= due_s:
                 due_s = None
@@ -362,14 +363,13 @@ class CoreLoop:
 
 
 def _poll(poller: zmq.Poller, spin: Spin, due_s: float | None) -> dict[Any, int]:
-    """Returns what is readable, empty once `due_s` is there; sleeps when there is no news."""
+    """Returns what is readable, empty once `due_s` is there; sleeps unless results come fast."""
     while spin.goes_on():
         if ready := dict(poller.poll(0)):
             break
     else:
         left_s = None if due_s is None else max(0.0, due_s - time.monotonic())
         ready = dict(poller.poll(None if left_s is None else math.ceil(1000 * left_s)))
-    spin.news()
     return ready
 
 
