@@ -30,7 +30,6 @@ def running_state(num_requests: int, block_size: int) -> State:
     state = State(
         Limits(
             max_num_requests=num_requests,
-            max_step_tokens=max(8192, 2 * num_requests),
             max_mixed_prompt_tokens=8192,
             max_waiting_requests=num_requests,
             max_waiting_tokens=10**9,
@@ -40,6 +39,7 @@ def running_state(num_requests: int, block_size: int) -> State:
         epoch=1,
         vocab_size=32000,
         max_model_tokens=4096,
+        max_step_tokens=max(8192, 2 * num_requests),
         block_size=block_size,
         num_blocks=num_requests * (1536 // block_size),
     )

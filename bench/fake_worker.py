@@ -33,6 +33,7 @@ LOOK_S = 50e-6
 NUM_BLOCKS = 65536
 BLOCK_SIZE = 128
 MAX_MODEL_TOKENS = 65536
+MAX_STEP_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class TimedRunner:
             block_size=BLOCK_SIZE,
             vocab_size=self._vocab_size,
             max_model_tokens=MAX_MODEL_TOKENS,
+            max_step_tokens=max(MAX_STEP_TOKENS, configure.max_num_requests),
             weights_bytes=0,
             kv_bytes=0,
         )

@@ -159,6 +159,7 @@ def test_garbage_on_the_worker_socket_harms_nobody(checkpoint: Path) -> None:
             block_size=1,
             vocab_size=1,
             max_model_tokens=1,
+            max_step_tokens=8192,
             weights_bytes=0,
             kv_bytes=0,
         )

@@ -43,12 +43,12 @@ class CoreMachine(RuleBasedStateMachine):
             num_blocks=num_blocks,
             block_size=block_size,
             max_model_tokens=24,
+            max_step_tokens=budget,
             eos_token_id=EOS,
             eos_period=10,
         )
         self.limits = Limits(
             max_num_requests=slots,
-            max_step_tokens=budget,
             max_mixed_prompt_tokens=mixed_budget,
             max_waiting_requests=6,
             max_waiting_tokens=60,
@@ -75,7 +75,7 @@ class CoreMachine(RuleBasedStateMachine):
                 dtype="auto",
                 max_model_tokens=None,
                 max_num_requests=self.limits.max_num_requests,
-                max_step_tokens=self.limits.max_step_tokens,
+                max_step_tokens=None,
             )
         )
         admission.begin_epoch(self.state, ModelSpec.of(ready))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
@@ -139,7 +140,8 @@ def test_an_idle_worker_that_dies_is_noticed() -> None:
         front.until(lambda: front.num_lost == 1)
 
 
-def test_a_worker_that_breaks_the_protocol_is_told_to_leave() -> None:
+@pytest.mark.parametrize("offer", [{"num_blocks": 0}, {"max_step_tokens": 1}])
+def test_a_worker_that_offers_too_little_is_told_to_leave(offer: dict[str, int]) -> None:
     with CoreProcess() as core:
         worker = core.context.socket(zmq.DEALER)
         worker.connect(core.config.worker_endpoint)
@@ -150,14 +152,15 @@ def test_a_worker_that_breaks_the_protocol_is_told_to_leave() -> None:
         assert isinstance(configure, Configure)
         ready = Ready(
             epoch=configure.epoch,
-            num_blocks=0,
+            num_blocks=100,
             block_size=16,
             vocab_size=97,
             max_model_tokens=64,
+            max_step_tokens=8192,
             weights_bytes=0,
             kv_bytes=0,
         )
-        worker.send(codec.encode(ready))
+        worker.send(codec.encode(msgspec.structs.replace(ready, **offer)))
         assert codec.decode_to_worker(worker.recv()) == Shutdown()
         core.start_worker()
         core.ready_front()

@@ -17,7 +17,12 @@ BLOCK_SIZE = 16
 
 def spec(num_blocks: int) -> ModelSpec:
     return ModelSpec(
-        epoch=1, vocab_size=97, max_model_tokens=256, block_size=BLOCK_SIZE, num_blocks=num_blocks
+        epoch=1,
+        vocab_size=97,
+        max_model_tokens=256,
+        max_step_tokens=2 * BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
     )
 
 
@@ -25,7 +30,6 @@ def ready_state(*, prefix_cache: bool = True) -> State:
     """Returns a state whose prompts are computed in chunks of two blocks."""
     limits = Limits(
         max_num_requests=2,
-        max_step_tokens=2 * BLOCK_SIZE,
         max_mixed_prompt_tokens=2 * BLOCK_SIZE,
         max_waiting_requests=100,
         max_waiting_tokens=10_000,

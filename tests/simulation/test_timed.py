@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.simulation.timed import (
     SEVENTY_PERCENT,
+    SPEC,
     UNIFORM,
     Arrival,
     Costs,
@@ -29,7 +30,7 @@ def test_a_long_prompt_stalls_no_stream() -> None:
 
 
 def test_many_requests_at_once_lose_no_throughput_to_the_budget_of_mixed_steps() -> None:
-    unbounded = limits(max_mixed_prompt_tokens=limits().max_step_tokens)
+    unbounded = limits(max_mixed_prompt_tokens=SPEC.max_step_tokens)
     for arrivals in (
         at_once(256, UNIFORM, UNIFORM),
         at_once(32, (1024, 1024), (256, 256)),
@@ -40,8 +41,7 @@ def test_many_requests_at_once_lose_no_throughput_to_the_budget_of_mixed_steps()
 
 
 def test_prompts_take_a_whole_step_unless_few_wait_and_others_decode() -> None:
-    bounds = limits(max_step_tokens=1000, max_mixed_prompt_tokens=100)
-    assert prompt_budget(bounds, num_decoding=0, num_waiting=0) == 1000
-    assert prompt_budget(bounds, num_decoding=1, num_waiting=LONG_QUEUE) == 100
-    assert prompt_budget(bounds, num_decoding=1, num_waiting=LONG_QUEUE + 1) == 999
-    assert prompt_budget(bounds, num_decoding=950, num_waiting=0) == 50
+    assert prompt_budget(1000, 100, num_decoding=0, num_waiting=0) == 1000
+    assert prompt_budget(1000, 100, num_decoding=1, num_waiting=LONG_QUEUE) == 100
+    assert prompt_budget(1000, 100, num_decoding=1, num_waiting=LONG_QUEUE + 1) == 999
+    assert prompt_budget(1000, 100, num_decoding=950, num_waiting=0) == 50

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -30,7 +30,14 @@ UNIFORM = (100, 1024)
 SEVENTY_PERCENT = 13.0
 """Requests a second with UNIFORM lengths: 70 % of what these steps can carry."""
 
-SPEC = ModelSpec(epoch=1, vocab_size=128, max_model_tokens=40_000, block_size=128, num_blocks=8_000)
+SPEC = ModelSpec(
+    epoch=1,
+    vocab_size=128,
+    max_model_tokens=40_000,
+    max_step_tokens=8192,
+    block_size=128,
+    num_blocks=8_000,
+)
 
 Range: TypeAlias = tuple[int, int]
 
@@ -96,10 +103,12 @@ class Figures:
         return 1000 * float(np.percentile(np.concatenate(self.gaps_s), percent))
 
 
-def run(limits: Limits, costs: Costs, arrivals: Sequence[Arrival]) -> Figures:
+def run(
+    limits: Limits, costs: Costs, arrivals: Sequence[Arrival], *, spec: ModelSpec = SPEC
+) -> Figures:
     """Returns what becomes of requests, in order of arrival, that run to their full length."""
     state = State(limits)
-    admission.begin_epoch(state, SPEC)
+    admission.begin_epoch(state, spec)
     coming = deque(enumerate(arrivals))
     results: deque[tuple[float, StepDone]] = deque()
     came_s: list[list[float]] = [[] for _ in arrivals]
@@ -152,7 +161,6 @@ def limits(**changes: int) -> Limits:
     defaults = SchedulerConfig(model="", run_dir="")
     values = {
         "max_num_requests": defaults.max_num_requests,
-        "max_step_tokens": defaults.max_step_tokens,
         "max_mixed_prompt_tokens": defaults.max_mixed_prompt_tokens,
         "max_waiting_requests": defaults.max_waiting_requests,
         "max_waiting_tokens": defaults.max_waiting_tokens,
@@ -195,11 +203,12 @@ def main() -> None:
         f"at {options.rate} a second: TTFT p50  p99  between tokens p50  p99 ms  worst stall\n"
     )
     for step in options.step:
+        spec = replace(SPEC, max_step_tokens=step)
         for mixed in options.mixed:
-            chosen = limits(max_step_tokens=step, max_mixed_prompt_tokens=mixed)
-            many = run(chosen, Costs(), at_once(256, UNIFORM, UNIFORM))
-            few = run(chosen, Costs(), at_once(32, (1024, 1024), (256, 256)))
-            load = run(chosen, Costs(), poisson(options.rate, 60.0, UNIFORM, UNIFORM))
+            chosen = limits(max_mixed_prompt_tokens=mixed)
+            many = run(chosen, Costs(), at_once(256, UNIFORM, UNIFORM), spec=spec)
+            few = run(chosen, Costs(), at_once(32, (1024, 1024), (256, 256)), spec=spec)
+            load = run(chosen, Costs(), poisson(options.rate, 60.0, UNIFORM, UNIFORM), spec=spec)
             sys.stdout.write(
                 f"{step:4d} {mixed:6d} {many.tokens_per_s:27.0f} {few.tokens_per_s:14.0f}"
                 f"{load.ttft_ms(50):31.1f} {load.ttft_ms(99):4.1f}"

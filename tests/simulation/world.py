@@ -72,13 +72,13 @@ class World:
             num_blocks=draw.choice([min_blocks, min_blocks + 3, 3 * min_blocks, 40 * min_blocks]),
             block_size=block_size,
             max_model_tokens=draw.choice([max_request_tokens, 4 * max_request_tokens]),
+            max_step_tokens=max(max_num_requests, draw.choice([1, 5, 16, 64, 512])),
             eos_token_id=EOS,
             eos_period=draw.choice([8, 40]),
             faulty_token_id=FAULTY,
         )
         self.limits = Limits(
             max_num_requests=max_num_requests,
-            max_step_tokens=max(max_num_requests, draw.choice([1, 5, 16, 64, 512])),
             max_mixed_prompt_tokens=draw.choice([1, 4, 16, 512]),
             max_waiting_requests=draw.choice([4, 1000]),
             max_waiting_tokens=draw.choice([100, 100_000]),
@@ -142,7 +142,7 @@ class World:
                 dtype="auto",
                 max_model_tokens=None,
                 max_num_requests=self.limits.max_num_requests,
-                max_step_tokens=self.limits.max_step_tokens,
+                max_step_tokens=None,
             )
         )
         self.worker_free_s = self.now
@@ -237,7 +237,7 @@ class World:
             if plan is None:
                 break
             self.num_steps += 1
-            if len(plan.span_slots) and plan.span_lengths.sum() > self.limits.max_step_tokens:
+            if len(plan.span_slots) and plan.span_lengths.sum() > self.fake.max_step_tokens:
                 self._fail(f"step {plan.step_id} is over its token budget")
             self._send(plan.to_wire(self.epoch))
         self._deliver()

@@ -56,7 +56,7 @@ def configuration(
     dtype: str = "auto",
     max_model_tokens: int | None = None,
     max_num_requests: int = 64,
-    max_step_tokens: int = 2048,
+    max_step_tokens: int | None = None,
 ) -> Configure:
     return Configure(
         epoch=epoch,

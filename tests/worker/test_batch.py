@@ -78,6 +78,7 @@ def driver_of(twins: Twins) -> Driver:
         block_size=LIMITS.block_size,
         vocab_size=LIMITS.vocab_size,
         max_model_tokens=LIMITS.max_model_tokens,
+        max_step_tokens=LIMITS.max_step_tokens,
         weights_bytes=0,
         kv_bytes=0,
     )

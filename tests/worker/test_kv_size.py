@@ -51,6 +51,20 @@ def test_a_fixed_size_is_taken_as_it_is() -> None:
     assert pool_bytes(device, fixed_bytes=123, memory_fraction=0.5, scratch=10**12) == 123
 
 
+@pytest.mark.parametrize(
+    ("asked", "max_num_requests", "expected"), [(None, 4, 2048), (None, 3000, 3000), (16, 4, 16)]
+)
+def test_a_cpu_takes_smaller_steps_unless_asked_for_others(
+    tmp_path: Path, asked: int | None, max_num_requests: int, expected: int
+) -> None:
+    make_checkpoint(tmp_path, "llama")
+    runner = ModelRunner(WorkerOptions(device="cpu", kv_cache_bytes=1024 * 1024))
+    configure = configuration(
+        str(tmp_path), max_num_requests=max_num_requests, max_step_tokens=asked
+    )
+    assert runner.configure(configure, lambda *_: None).max_step_tokens == expected
+
+
 @pytest.mark.parametrize(("max_step_tokens", "max_model_tokens"), [(1, 2), (3, 256), (2048, 5)])
 def test_warming_up_keeps_to_the_smallest_limits(
     tmp_path: Path, max_step_tokens: int, max_model_tokens: int

@@ -53,8 +53,8 @@ class Configure(_Message, frozen=True):
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int
     """Slots of the persistent batch."""
-    max_step_tokens: int
-    """The most tokens that one step computes."""
+    max_step_tokens: int | None
+    """The most tokens that one step computes; None: what suits the device."""
 
 
 class Progress(_Message, frozen=True):
@@ -75,6 +75,8 @@ class Ready(_Message, frozen=True):
     vocab_size: int
     """Width of the logits: valid token ids lie below it."""
     max_model_tokens: int
+    max_step_tokens: int
+    """At least as many as there are slots."""
     weights_bytes: int
     kv_bytes: int
     phases: tuple[tuple[str, float], ...] = ()

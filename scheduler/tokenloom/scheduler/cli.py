@@ -37,7 +37,11 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
     ("max_model_tokens", int, "longest prompt + completion (default: what the model allows)"),
     ("max_num_requests", int, "requests that run at once"),
-    ("max_step_tokens", int, "tokens that one step computes at most"),
+    (
+        "max_step_tokens",
+        int,
+        "tokens that one step computes at most (default: 8192 on CUDA, 2048 on a CPU)",
+    ),
     (
         "max_mixed_prompt_tokens",
         int,
@@ -49,8 +53,7 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     (
         "spin_us",
         int,
-        "microseconds for which core and worker look for news before they sleep (default: "
-        "2000 with at least 8 CPUs, else 0)",
+        "microseconds of a step that is waited for awake (default: 1000 with 8 CPUs, else 0)",
     ),
     ("grace_s", float, "seconds that running requests may take to finish after SIGTERM"),
 )

@@ -29,8 +29,8 @@ class SchedulerConfig:
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int = 256
     """Requests that run at once."""
-    max_step_tokens: int = 8192
-    """Tokens that one step computes at most."""
+    max_step_tokens: int | None = None
+    """Tokens that one step computes at most; None: what suits the worker's device."""
     max_mixed_prompt_tokens: int = 512
     """Prompt tokens that a step computes beside decoding requests, unless many wait."""
     max_waiting_requests: int = 2048
@@ -42,7 +42,8 @@ class SchedulerConfig:
     prefix_cache: bool = True
     """Whether blocks of finished requests are kept and found again."""
     spin_us: int | None = None
-    """How long core and worker look for news before they sleep; None: as the host allows."""
+    """Core and worker wait without sleeping for results that follow each other sooner than this;
+    None: as the host allows."""
     grace_s: float = 30.0
     """After SIGTERM: how long running requests may take to finish."""
 
@@ -50,7 +51,6 @@ class SchedulerConfig:
         for name in (
             "num_fronts",
             "max_num_requests",
-            "max_step_tokens",
             "max_mixed_prompt_tokens",
             "max_waiting_requests",
             "max_waiting_tokens",
@@ -59,7 +59,7 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.max_step_tokens < self.max_num_requests:
+        if self.max_step_tokens is not None and self.max_step_tokens < self.max_num_requests:
             raise ConfigError(
                 f"max_step_tokens is {self.max_step_tokens}; it must be at least "
                 f"max_num_requests ({self.max_num_requests}): each running request takes one a step"

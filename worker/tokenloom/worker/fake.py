@@ -57,6 +57,8 @@ class FakeConfig:
     block_size: int = 16
     max_model_tokens: int = 4096
     """Longest prompt + completion; Configure may ask for less."""
+    max_step_tokens: int = 8192
+    """Tokens that one step computes at most, if Configure leaves it open."""
     eos_token_id: int | None = None
     """Comes by script alone; None: no token is special."""
     eos_period: int = 64
@@ -84,7 +86,8 @@ class FakeModel:
             block_size=config.block_size,
             vocab_size=config.vocab_size,
             max_model_tokens=max_model_tokens,
-            max_step_tokens=configure.max_step_tokens,
+            max_step_tokens=configure.max_step_tokens
+            or max(config.max_step_tokens, configure.max_num_requests),
         )
         self._state = _State(config, limits, configure.epoch)
         return Ready(
@@ -93,6 +96,7 @@ class FakeModel:
             block_size=config.block_size,
             vocab_size=config.vocab_size,
             max_model_tokens=max_model_tokens,
+            max_step_tokens=limits.max_step_tokens,
             weights_bytes=0,
             kv_bytes=self._state.hashes.nbytes,
         )

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+CUDA_STEP_TOKENS = 8192
+"""Long prompts are computed at the highest rate in steps of this size."""
+CPU_STEP_TOKENS = 2048
+"""A CPU computes longer steps no faster: others only wait longer for their end."""
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -126,7 +131,7 @@ def _pool(
     scratch = scratch_bytes(
         config,
         num_rows=configure.max_num_requests,
-        num_step_tokens=configure.max_step_tokens,
+        num_step_tokens=max_step_tokens(configure, device),
         dtype=dtype,
     )
     num_bytes = pool_bytes(
@@ -138,6 +143,14 @@ def _pool(
     pool = KVPool(config, num_bytes=num_bytes, block_size=block_size, dtype=dtype, device=device)
     _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, block_size)
     return pool
+
+
+def max_step_tokens(configure: Configure, device: torch.device) -> int:
+    """Returns how many tokens a step may compute: as configured, or what suits the device."""
+    if configure.max_step_tokens is not None:
+        return configure.max_step_tokens
+    own = CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
+    return max(own, configure.max_num_requests)
 
 
 def find_device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from tokenloom.worker.batch import Batch, SampleRows
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
 from tokenloom.worker.graphs import DecodeGraphs
-from tokenloom.worker.loading import LoadedModel, find_device, load_model
+from tokenloom.worker.loading import LoadedModel, find_device, load_model, max_step_tokens
 from tokenloom.worker.results import Outcome, step_done
 from tokenloom.worker.sampling import Sampler
 from tokenloom.worker.slots import Changes, Limits, Slots
@@ -80,7 +80,7 @@ class ModelRunner:
                 self._loaded = stack.enter_context(loading)
             loaded = self._loaded
             assert loaded is not None
-            limits = _limits(configure, loaded)
+            limits = _limits(configure, loaded, self.device)
             if self._rows is None or self._rows.limits != limits:
                 self._rows = None
                 self._rows = self._prepare(configure.epoch, limits, loaded, report)
@@ -92,6 +92,7 @@ class ModelRunner:
             block_size=loaded.attention.block_size,
             vocab_size=loaded.config.vocab_size,
             max_model_tokens=_max_model_tokens(configure, loaded.config),
+            max_step_tokens=limits.max_step_tokens,
             weights_bytes=loaded.weights_bytes,
             kv_bytes=loaded.pool.num_bytes,
         )
@@ -227,7 +228,7 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _limits(configure: Configure, loaded: LoadedModel) -> Limits:
+def _limits(configure: Configure, loaded: LoadedModel, device: torch.device) -> Limits:
     num_blocks, block_size = loaded.pool.num_blocks, loaded.attention.block_size
     return Limits(
         num_slots=configure.max_num_requests,
@@ -238,7 +239,7 @@ def _limits(configure: Configure, loaded: LoadedModel) -> Limits:
         max_model_tokens=min(
             _max_model_tokens(configure, loaded.config), num_blocks * block_size + 1
         ),
-        max_step_tokens=configure.max_step_tokens,
+        max_step_tokens=max_step_tokens(configure, device),
     )
 
 

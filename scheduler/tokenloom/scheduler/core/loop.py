@@ -76,7 +76,6 @@ class CoreLoop:
         self._state = State(
             Limits(
                 max_num_requests=config.max_num_requests,
-                max_step_tokens=config.max_step_tokens,
                 max_mixed_prompt_tokens=config.max_mixed_prompt_tokens,
                 max_waiting_requests=config.max_waiting_requests,
                 max_waiting_tokens=config.max_waiting_tokens,
@@ -201,8 +200,9 @@ class CoreLoop:
 
     def _on_ready(self, ready: Ready) -> None:
         self._display.close()
-        if min(ready.num_blocks, ready.block_size, ready.vocab_size, ready.max_model_tokens) < 1:
-            self._dismiss_worker(f"worker is ready with nothing to offer: {ready}")
+        least = min(ready.num_blocks, ready.block_size, ready.vocab_size, ready.max_model_tokens)
+        if least < 1 or ready.max_step_tokens < self._config.max_num_requests:
+            self._dismiss_worker(f"worker is ready with too little to offer: {ready}")
             return
         spec = ModelSpec.of(ready)
         admission.begin_epoch(self._state, spec)

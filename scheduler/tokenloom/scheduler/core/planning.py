@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenloom.scheduler.core.blocks import BlockPool
-from tokenloom.scheduler.core.state import Int64Array, Limits, Request, Slots, State, StepRecord
+from tokenloom.scheduler.core.state import Int64Array, Request, Slots, State, StepRecord
 from tokenloom.scheduler.messages import Admitted
 from tokenloom.wire.messages import Admit, Step
 
@@ -95,8 +95,8 @@ class _Changes:
 
 def plan(state: State, now: float) -> StepPlan | None:
     """Decides the next step and enters it as in flight; None: there is nothing to compute."""
-    slots, pool = state.slots, state.pool
-    if slots is None or pool is None:
+    slots, pool, spec = state.slots, state.pool, state.spec
+    if slots is None or pool is None or spec is None:
         return None
     changes = _Changes()
     preempted = _grow(state, slots, pool, changes)
@@ -105,7 +105,12 @@ def plan(state: State, now: float) -> StepPlan | None:
     todo = slots.num_planned - slots.num_scheduled
     open_slots = (slots.serial != 0) & (slots.num_planned < slots.max_total)
     decoding = np.flatnonzero(open_slots & (todo == 1))
-    budget = prompt_budget(state.limits, len(decoding), len(state.waiting))
+    budget = prompt_budget(
+        spec.max_step_tokens,
+        state.limits.max_mixed_prompt_tokens,
+        num_decoding=len(decoding),
+        num_waiting=len(state.waiting),
+    )
 
     spans, lengths = [decoding], [np.ones(len(decoding), np.int64)]
     prefilling = np.flatnonzero(open_slots & (todo > 1))
@@ -135,15 +140,17 @@ def plan(state: State, now: float) -> StepPlan | None:
     return _enter(state, slots, changes, span_slots, span_lengths)
 
 
-def prompt_budget(limits: Limits, num_decoding: int, num_waiting: int) -> int:
+def prompt_budget(
+    max_step_tokens: int, max_mixed_prompt_tokens: int, *, num_decoding: int, num_waiting: int
+) -> int:
     """Returns how many prompt tokens a step may compute beside `num_decoding` requests.
 
     `num_waiting` is the number of requests in the queue.
     """
-    room = limits.max_step_tokens - num_decoding
+    room = max_step_tokens - num_decoding
     if num_decoding == 0 or num_waiting > LONG_QUEUE:
         return room
-    return min(room, limits.max_mixed_prompt_tokens)
+    return min(room, max_mixed_prompt_tokens)
 
 
 def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> bool:

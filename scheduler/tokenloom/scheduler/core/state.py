@@ -36,7 +36,6 @@ class Limits:
     """Bounds of the core that hold in every epoch."""
 
     max_num_requests: int
-    max_step_tokens: int
     max_mixed_prompt_tokens: int
     """Of a step with decoding requests, unless many wait."""
     max_waiting_requests: int
@@ -51,6 +50,7 @@ class ModelSpec:
     epoch: int
     vocab_size: int
     max_model_tokens: int
+    max_step_tokens: int
     block_size: int
     num_blocks: int
     phases: tuple[tuple[str, float], ...] = ()
@@ -63,6 +63,7 @@ class ModelSpec:
             epoch=ready.epoch,
             vocab_size=ready.vocab_size,
             max_model_tokens=ready.max_model_tokens,
+            max_step_tokens=ready.max_step_tokens,
             block_size=ready.block_size,
             num_blocks=ready.num_blocks,
             phases=ready.phases,
