@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-MEASUREMENTS = {"core": "core_step.py", "streams": "streams.py"}
+ROOT = Path(__file__).parent.parent
+MEASUREMENTS = {"core": "core_step", "round-trip": "round_trip", "streams": "streams"}
 
 
 def main(argv: list[str]) -> int:
@@ -16,8 +17,8 @@ def main(argv: list[str]) -> int:
         return 2
     for name in argv[:1] or MEASUREMENTS:
         print(f"== {name}", flush=True)
-        script = Path(__file__).parent / MEASUREMENTS[name]
-        status = subprocess.run([sys.executable, script, *argv[1:]], check=False).returncode
+        command = [sys.executable, "-m", f"bench.{MEASUREMENTS[name]}", *argv[1:]]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status:
             return status
     return 0

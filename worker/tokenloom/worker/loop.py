@@ -171,9 +171,7 @@ def serve(
     link = Link(endpoint)
     linger_ms = 0
     try:
-        conversation = _Conversation(
-            link, runner, phases, Spin(spin_us), rank=rank, device=device
-        )
+        conversation = _Conversation(link, runner, phases, Spin(spin_us), rank=rank, device=device)
         code = conversation.run()
         linger_ms = _FAILED_LINGER_MS
     finally:

@@ -39,6 +39,8 @@ _OPTIONS = (
     # Clients may ping every 10 s; gRPC's own 5 minutes would cut them off.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
+_START_S = 30.0
+"""A front that begins later than this after the command does so in place of one that died."""
 _LAST_CALLS_S = 0.5
 """For calls that are nearly done when the streams are; health watches end with it."""
 
@@ -140,9 +142,10 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
 
 def _start_told(model: ModelReady) -> str:
     """Returns what the start took, from the command to serving, as the end of a sentence."""
-    if model.epoch != 1:  # a later one begins long after the start
+    command_s = process_start_s(os.getppid())  # the command started the front
+    if model.epoch != 1 or process_start_s() - command_s > _START_S:
         return ""
-    whole_s = time.monotonic() - process_start_s(os.getppid())  # the command started the front
+    whole_s = time.monotonic() - command_s
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in model.phases)
     return f", {whole_s:.1f} s after the start; the worker: {phases}"
 
