@@ -53,7 +53,10 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     (
         "spin_us",
         int,
-        "microseconds of a step that is waited for awake (default: 1000 with 8 CPUs, else 0)",
+        (
+            "microseconds; core and worker stay awake between shorter steps (default: 1000 with at "
+            "least 8 CPUs, else 0)"
+        ),
     ),
     ("grace_s", float, "seconds that running requests may take to finish after SIGTERM"),
 )

@@ -153,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
         "--spin-us",
         type=int,
         metavar="MICROSECONDS",
-        help="of a step that is waited for awake (default: 1000 with 8 CPUs, else 0)",
+        help="stay awake between steps shorter than this (default: 1000 with at least 8 CPUs,"
+        " else 0)",
     )
     parser.add_argument(
         "--kv-cache-bytes",
