@@ -52,6 +52,7 @@ def worker(argv: list[str] | None = None) -> int:
     options = WorkerOptions(
         device=args.device,
         attention=args.attention,
+        graphs=args.cuda_graphs,
         kv_cache_bytes=args.kv_cache_bytes,
         kv_memory_fraction=args.kv_memory_fraction,
     )
@@ -141,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=ATTENTION_NAMES,
         default=defaults.attention,
         help="backend; auto is the fastest that works here",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.graphs,
+        help="capture decode steps; without, each kernel is launched by itself",
     )
     parser.add_argument(
         "--cpu-threads",
