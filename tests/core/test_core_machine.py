@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import msgspec
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,10 +34,10 @@ class CoreMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 3, 4]),
         slots=st.integers(1, 4),
         budget=st.integers(4, 12),
-        mixed_budget=st.integers(1, 12),
+        mixed_budget=st.none() | st.integers(1, 12),
     )
     def begin(
-        self, num_blocks: int, block_size: int, slots: int, budget: int, mixed_budget: int
+        self, num_blocks: int, block_size: int, slots: int, budget: int, mixed_budget: int | None
     ) -> None:
         self.config = FakeConfig(
             vocab_size=11,
@@ -142,10 +143,11 @@ class CoreMachine(RuleBasedStateMachine):
         self.read()
 
     @precondition(lambda self: self.done)
-    @rule()
-    def finish_step(self) -> None:
+    @rule(compute_s=st.floats())
+    def finish_step(self, compute_s: float) -> None:
         self.now += 1.0
-        applying.apply(self.state, self.done.popleft(), self.now)
+        done = msgspec.structs.replace(self.done.popleft(), compute_s=compute_s)
+        applying.apply(self.state, done, self.now)
         self.read()
 
     @rule()
@@ -181,7 +183,7 @@ class CoreMachine(RuleBasedStateMachine):
             if len(self.done) < 2:
                 self.send_step()
             if self.done:
-                self.finish_step()
+                self.finish_step(compute_s=0.01)
         assert not self.answers
         assert self.state.pool is not None
         assert self.state.pool.num_free == self.config.num_blocks

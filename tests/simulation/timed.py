@@ -27,8 +27,6 @@ LINK_S = 200e-6
 """From the end of a step to the core's knowing it."""
 UNIFORM = (100, 1024)
 """Lengths of prompts and outputs."""
-SEVENTY_PERCENT = 13.0
-"""Requests a second with UNIFORM lengths: 70 % of what these steps can carry."""
 
 SPEC = ModelSpec(
     epoch=1,
@@ -44,24 +42,53 @@ Range: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds that a step takes. The defaults are a Llama-3.1-8B in bf16 on an H200."""
+    """Seconds that a step takes, fitted to steps measured on an H200."""
 
-    fixed_s: float = 0.5e-3
+    fixed_s: float
     """Sampling, launches that nothing hides."""
-    weights_s: float = 4.4e-3
+    weights_s: float
     """Reading all weights once: the matmuls of a step with few tokens."""
-    row_s: float = 6e-6
+    row_s: float
     """What one more token adds to that."""
-    token_s: float = 1 / 38_000
+    token_s: float
     """A token of a step with so many that matmuls are bound by arithmetic."""
-    context_s: float = 131_072 / 3.5e12
+    context_s: float
     """Reading one position of a request's KV."""
+    launch_s: float = 1e-3
+    """Of the host, which launches a step with prompts kernel by kernel, one step at a time."""
 
-    def of(self, lengths: np.ndarray, ends: np.ndarray) -> float:
-        """Returns the seconds of a step with spans of `lengths` that reach to `ends`."""
+    def on_device(self, lengths: np.ndarray, ends: np.ndarray) -> float:
+        """Returns the device's seconds for spans of `lengths` that reach to `ends`."""
         num_tokens = float(lengths.sum())
         matmuls_s = max(self.weights_s + num_tokens * self.row_s, num_tokens * self.token_s)
         return self.fixed_s + matmuls_s + float(ends[lengths == 1].sum()) * self.context_s
+
+
+LLAMA_8B = Costs(fixed_s=0.5e-3, weights_s=3.5e-3, row_s=6e-6, token_s=1 / 44_000, context_s=37e-9)
+QWEN_06B = Costs(fixed_s=0.4e-3, weights_s=0.4e-3, row_s=1e-6, token_s=2.3e-6, context_s=30e-9)
+
+SEVENTY_PERCENT = {LLAMA_8B: 15.0, QWEN_06B: 37.0}
+"""Requests a second with UNIFORM lengths: 70 % of what a worker with such steps carries."""
+
+
+class Worker:
+    """The times of a worker: it launches steps one after the other, and so its device runs them."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._host_free_s = 0.0
+        self._device_free_s = 0.0
+
+    def step(self, plan: StepPlan, now: float) -> tuple[float, float]:
+        """Returns when a step that comes `now` is done, and its seconds on the device."""
+        launch_s = 0.0 if (plan.span_lengths == 1).all() else self._costs.launch_s
+        launched_s = max(now, self._host_free_s)
+        self._host_free_s = launched_s + launch_s
+        begin_s = max(launched_s, self._device_free_s)
+        ends = plan.span_starts + plan.span_lengths
+        device_s = self._costs.on_device(plan.span_lengths, ends)
+        self._device_free_s = max(begin_s + device_s, self._host_free_s)
+        return self._device_free_s, self._device_free_s - begin_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +140,8 @@ def run(
     results: deque[tuple[float, StepDone]] = deque()
     came_s: list[list[float]] = [[] for _ in arrivals]
     num_steps = 0
-    now = worker_free_s = 0.0
+    now = 0.0
+    worker = Worker(costs)
     while coming or results:
         if coming and (not results or coming[0][1].at_s < results[0][0]):
             stream, arrival = coming.popleft()
@@ -128,9 +156,8 @@ def run(
             if plan is None:
                 break
             num_steps += 1
-            ends = plan.span_starts + plan.span_lengths
-            worker_free_s = max(worker_free_s, now) + costs.of(plan.span_lengths, ends)
-            results.append((worker_free_s + LINK_S, _result(plan)))
+            done_s, compute_s = worker.step(plan, now)
+            results.append((done_s + LINK_S, _result(plan, compute_s)))
         for outputs in state.take_outputs().values():
             for streams in outputs.streams:
                 for stream in streams.tolist():
@@ -145,27 +172,27 @@ def run(
     )
 
 
-def _result(plan: StepPlan) -> StepDone:
+def _result(plan: StepPlan, compute_s: float) -> StepDone:
     return StepDone(
         epoch=1,
         step_id=plan.step_id,
         tokens=np.full(int(plan.span_samples.sum()), 7, np.int32).tobytes(),
         logprobs=(),
         faulty_rows=b"",
-        compute_s=0.0,
+        compute_s=compute_s,
     )
 
 
-def limits(**changes: int) -> Limits:
-    """Returns the default budgets, some changed; equal prompts share no blocks."""
+def limits(*, max_mixed_prompt_tokens: int | None = None) -> Limits:
+    """Returns the default bounds, with that budget; equal prompts share no blocks."""
     defaults = SchedulerConfig(model="", run_dir="")
-    values = {
-        "max_num_requests": defaults.max_num_requests,
-        "max_mixed_prompt_tokens": defaults.max_mixed_prompt_tokens,
-        "max_waiting_requests": defaults.max_waiting_requests,
-        "max_waiting_tokens": defaults.max_waiting_tokens,
-    }
-    return Limits(**(values | changes), prefix_cache=False)
+    return Limits(
+        max_num_requests=defaults.max_num_requests,
+        max_mixed_prompt_tokens=max_mixed_prompt_tokens,
+        max_waiting_requests=defaults.max_waiting_requests,
+        max_waiting_tokens=defaults.max_waiting_tokens,
+        prefix_cache=False,
+    )
 
 
 def at_once(count: int, prompts: Range, outputs: Range) -> list[Arrival]:
@@ -191,28 +218,42 @@ def _arrival(at_s: float, random: np.random.Generator, prompts: Range, outputs: 
     )
 
 
+BURSTS = {
+    "b32": at_once(32, (1024, 1024), (256, 256)),
+    "b128": at_once(128, (512, 512), (256, 256)),
+    "mixed256": at_once(256, UNIFORM, UNIFORM),
+}
+"""The cases of `tokenloom bench` that begin with all requests at once."""
+
+
 def main() -> None:
     """Prints what several budgets bring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--mixed", type=int, nargs="+", default=[256, 512, 768, 1024, 2048])
-    parser.add_argument("--rate", type=float, default=SEVENTY_PERCENT, help="requests a second")
+    parser.add_argument("--step", type=int, default=SPEC.max_step_tokens)
+    parser.add_argument("--mixed", type=int, nargs="*", default=[512, 2048], help="fixed budgets")
+    parser.add_argument("--launch-ms", type=float, default=1.0, help="of a step with prompts")
     options = parser.parse_args()
+    spec = replace(SPEC, max_step_tokens=options.step)
     sys.stdout.write(
-        "step  mixed   tok/s all at once, 256  32 (1024/256)   "
-        f"at {options.rate} a second: TTFT p50  p99  between tokens p50  p99 ms  worst stall\n"
+        "                 all at once: tok/s, last first token ms   "
+        "     | random arrivals, ms: TTFT     between tokens\n"
+        "shape     mixed         b32         b128       mixed256    "
+        "     |    rate   tok/s   p50   p99   p50   p99  stall\n"
     )
-    for step in options.step:
-        spec = replace(SPEC, max_step_tokens=step)
-        for mixed in options.mixed:
-            chosen = limits(max_mixed_prompt_tokens=mixed)
-            many = run(chosen, Costs(), at_once(256, UNIFORM, UNIFORM), spec=spec)
-            few = run(chosen, Costs(), at_once(32, (1024, 1024), (256, 256)), spec=spec)
-            load = run(chosen, Costs(), poisson(options.rate, 60.0, UNIFORM, UNIFORM), spec=spec)
+    for name, shape in (("8B", LLAMA_8B), ("0.6B", QWEN_06B)):
+        costs = replace(shape, launch_s=options.launch_ms / 1000)
+        rate = SEVENTY_PERCENT[shape]
+        for mixed in (*options.mixed, None):
+            row = f"{name:6s} {mixed or 'by cost':>8}"
+            for burst in BURSTS.values():
+                figures = run(limits(max_mixed_prompt_tokens=mixed), costs, burst, spec=spec)
+                row += f"{figures.tokens_per_s:8.0f} {figures.ttft_ms(100):6.0f}"
+            arrivals = poisson(rate, 60.0, UNIFORM, UNIFORM)
+            load = run(limits(max_mixed_prompt_tokens=mixed), costs, arrivals, spec=spec)
             sys.stdout.write(
-                f"{step:4d} {mixed:6d} {many.tokens_per_s:27.0f} {few.tokens_per_s:14.0f}"
-                f"{load.ttft_ms(50):31.1f} {load.ttft_ms(99):4.1f}"
-                f"{load.gap_ms(50):20.1f} {load.gap_ms(99):4.1f} {load.worst_stall:16.1f}\n"
+                f"{row}     | {rate:7.1f}{load.tokens_per_s:8.0f}"
+                f"{load.ttft_ms(50):6.1f}{load.ttft_ms(99):6.1f}"
+                f"{load.gap_ms(50):6.1f}{load.gap_ms(99):6.1f}{load.worst_stall:7.1f}\n"
             )
 
 

@@ -10,10 +10,12 @@ The world checks what design.md promises, and raises Broken with the seed.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from tests.core.processes import sampling
@@ -27,6 +29,7 @@ EOS = 1
 FAULTY = 2
 MAX_STEPS_IN_FLIGHT = 2
 NUM_FRONTS = 2
+NO_DURATIONS = (0.0, -1.0, math.inf, math.nan)
 
 
 class Broken(AssertionError):
@@ -79,7 +82,7 @@ class World:
         )
         self.limits = Limits(
             max_num_requests=max_num_requests,
-            max_mixed_prompt_tokens=draw.choice([1, 4, 16, 512]),
+            max_mixed_prompt_tokens=draw.choice([None, 1, 4, 512]),
             max_waiting_requests=draw.choice([4, 1000]),
             max_waiting_tokens=draw.choice([100, 100_000]),
             prefix_cache=draw.random() < 0.8,
@@ -254,7 +257,11 @@ class World:
         )
         done = self.worker.step(step)
         begin = max(self.now, self.worker_free_s)
-        self.worker_free_s = begin + self.random.choice([0.001, 0.01, 0.1])
+        compute_s = self.random.choice([0.001, 0.01, 0.1])
+        self.worker_free_s = begin + compute_s
+        # A worker's word need not be true, or even a duration.
+        told_s = self.random.choice([compute_s, compute_s, *NO_DURATIONS])
+        done = msgspec.structs.replace(done, compute_s=told_s)
         epoch = self.epoch
 
         def arrive() -> None:

@@ -45,7 +45,10 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     (
         "max_mixed_prompt_tokens",
         int,
-        "prompt tokens that a step computes beside decoding requests, unless many wait",
+        (
+            "prompt tokens that a step computes beside decoding requests, unless many wait "
+            "(default: by what steps turn out to cost)"
+        ),
     ),
     ("max_waiting_requests", int, "requests that may wait; one more is refused"),
     ("max_waiting_tokens", int, "prompt tokens that may wait in all; more are refused"),

@@ -31,8 +31,9 @@ class SchedulerConfig:
     """Requests that run at once."""
     max_step_tokens: int | None = None
     """Tokens that one step computes at most; None: what suits the worker's device."""
-    max_mixed_prompt_tokens: int = 512
-    """Prompt tokens that a step computes beside decoding requests, unless many wait."""
+    max_mixed_prompt_tokens: int | None = None
+    """Prompt tokens that a step computes beside decoding requests, unless many wait;
+    None: by what steps turn out to cost."""
     max_waiting_requests: int = 2048
     """Requests that may wait; one more is refused."""
     max_waiting_tokens: int = 8 * 1024 * 1024
@@ -57,7 +58,7 @@ class SchedulerConfig:
             "max_stream_buffer_tokens",
         ):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_num_requests:
             raise ConfigError(

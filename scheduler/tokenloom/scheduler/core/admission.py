@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array
+from tokenloom.scheduler.core.costs import StepCosts
 from tokenloom.scheduler.core.state import ModelSpec, Slots, State
 from tokenloom.scheduler.messages import (
     Abort,
@@ -79,6 +80,7 @@ def begin_epoch(state: State, spec: ModelSpec) -> None:
     state.slots = Slots(limits.max_num_requests, spec)
     state.pool = BlockPool(spec.num_blocks, spec.block_size, cache=limits.prefix_cache)
     state.released = []
+    state.costs = StepCosts()
     for request in list(state.waiting.values()):
         if request.max_total > spec.max_request_tokens:
             state.finish(request, FinishReason.NO_ROOM)

@@ -26,6 +26,7 @@ def apply(state: State, result: StepDone, now: float) -> None:
     record = state.in_flight[0]
     tokens = _check(result, record, slots)
     state.in_flight.popleft()
+    state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=result.compute_s)
 
     # A request that ended or was preempted since has left its slot: its rows are dropped.
     alive = slots.tenure[record.slots] == record.tenures

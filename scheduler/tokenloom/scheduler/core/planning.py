@@ -11,8 +11,10 @@ How many prompt tokens a step takes is `prompt_budget`. Large steps compute prom
 highest rate, and every stream in decode waits for their end:
 
     nobody decodes       as many as a step holds: there is nobody to hold up
-    some decode          few, so that the step lasts a small multiple of one that only decodes
-    … and many wait      as many as a step holds: the queue is what delays most clients
+    some decode          few, so that the step lasts a small multiple of one that only decodes,
+                         by what steps cost (`costs.py`)
+    … and many waited    as many as a step holds, until all that may run has been taken: the last
+                         of a burst decide when it ends
 
 (Llama-3.1-8B on an H200: decoding for 100 requests takes 8 ms, 512 prompt tokens beside them
 bring that to 19, 8,192 to 220. `python -m tests.simulation.timed` shows what follows.)
@@ -33,7 +35,7 @@ RESERVE_DIVISOR = 50
 """At most this part of the pool is kept for the growth of those that run."""
 
 LONG_QUEUE = 8
-"""When more requests than this wait, prompts are computed in large steps beside decoding ones.
+"""When more requests than this wait, a burst begins: prompts are computed in large steps.
 
 Poisson arrivals at 90 % of saturation leave fewer in the queue; 32 prompts at once, more."""
 
@@ -105,12 +107,8 @@ def plan(state: State, now: float) -> StepPlan | None:
     todo = slots.num_planned - slots.num_scheduled
     open_slots = (slots.serial != 0) & (slots.num_planned < slots.max_total)
     decoding = np.flatnonzero(open_slots & (todo == 1))
-    budget = prompt_budget(
-        spec.max_step_tokens,
-        state.limits.max_mixed_prompt_tokens,
-        num_decoding=len(decoding),
-        num_waiting=len(state.waiting),
-    )
+    state.in_burst |= len(state.waiting) > LONG_QUEUE
+    budget = whole = prompt_budget(state, spec.max_step_tokens, num_decoding=len(decoding))
 
     spans, lengths = [decoding], [np.ones(len(decoding), np.int64)]
     prefilling = np.flatnonzero(open_slots & (todo > 1))
@@ -133,24 +131,23 @@ def plan(state: State, now: float) -> StepPlan | None:
             budget -= length
         spans.append(np.array([slot for slot, _ in chunks], np.int64))
         lengths.append(np.array([length for _, length in chunks], np.int64))
+    if budget:
+        state.in_burst = False
 
     span_slots, span_lengths = np.concatenate(spans), np.concatenate(lengths)
     if not len(span_slots):
         return None
-    return _enter(state, slots, changes, span_slots, span_lengths)
+    return _enter(state, slots, changes, span_slots, span_lengths, whole - budget)
 
 
-def prompt_budget(
-    max_step_tokens: int, max_mixed_prompt_tokens: int, *, num_decoding: int, num_waiting: int
-) -> int:
-    """Returns how many prompt tokens a step may compute beside `num_decoding` requests.
-
-    `num_waiting` is the number of requests in the queue.
-    """
+def prompt_budget(state: State, max_step_tokens: int, *, num_decoding: int) -> int:
+    """Returns how many prompt tokens a step may compute beside `num_decoding` requests."""
     room = max_step_tokens - num_decoding
-    if num_decoding == 0 or num_waiting > LONG_QUEUE:
+    if num_decoding == 0 or state.in_burst:
         return room
-    return min(room, max_mixed_prompt_tokens)
+    if state.limits.max_mixed_prompt_tokens is not None:
+        return min(room, state.limits.max_mixed_prompt_tokens)
+    return state.costs.prompt_budget(room)
 
 
 def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> bool:
@@ -253,7 +250,12 @@ def _note_interval(state: State, request: Request, now: float) -> None:
 
 
 def _enter(
-    state: State, slots: Slots, changes: _Changes, span_slots: Int64Array, span_lengths: Int64Array
+    state: State,
+    slots: Slots,
+    changes: _Changes,
+    span_slots: Int64Array,
+    span_lengths: Int64Array,
+    num_prompt_tokens: int,
 ) -> StepPlan:
     """Records the step as in flight and moves the slots on."""
     starts = slots.num_scheduled[span_slots]
@@ -264,7 +266,14 @@ def _enter(
     step_id = state.next_step_id
     state.next_step_id += 1
     state.in_flight.append(
-        StepRecord(step_id, span_slots, slots.tenure[span_slots], ends, np.flatnonzero(samples))
+        StepRecord(
+            step_id=step_id,
+            slots=span_slots,
+            tenures=slots.tenure[span_slots],
+            ends=ends,
+            sampled=np.flatnonzero(samples),
+            num_prompt_tokens=num_prompt_tokens,
+        )
     )
     released, state.released = state.released, []
     return StepPlan(

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, block_digest, root_digest
+from tokenloom.scheduler.core.costs import StepCosts
 from tokenloom.scheduler.messages import Admitted, Finished, FinishReason, Outputs, Refused
 from tokenloom.wire.messages import Ready, SamplingParams, TokenLogprobs
 
@@ -36,8 +37,8 @@ class Limits:
     """Bounds of the core that hold in every epoch."""
 
     max_num_requests: int
-    max_mixed_prompt_tokens: int
-    """Of a step with decoding requests, unless many wait."""
+    max_mixed_prompt_tokens: int | None
+    """Of a step with decoding requests, unless many wait; None: by what steps cost."""
     max_waiting_requests: int
     max_waiting_tokens: int
     prefix_cache: bool = True
@@ -117,6 +118,8 @@ class StepRecord:
     """[num_spans] positions computed once the step is done"""
     sampled: Int64Array
     """[num_sampled] indices of the spans that sample"""
+    num_prompt_tokens: int
+    """Computed beside the requests in steady decode."""
 
 
 @dataclass(slots=True)
@@ -207,6 +210,9 @@ class State:
         self.in_flight: deque[StepRecord] = deque()
         self.released: list[int] = []
         """Slots given up since the last step; the next one tells the worker."""
+        self.costs = StepCosts()
+        self.in_burst = False
+        """Many waited, and not all that may run has been taken into a step since."""
         self.next_step_id = 1
         self.next_serial = 1
         self.next_tenure = 1
