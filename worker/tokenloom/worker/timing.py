@@ -42,6 +42,8 @@ class StepClock:
         return step_s
 
     def _tell(self) -> None:
+        if not self._steps_s:  # a time without requests began right after a line
+            return
         whole_s = self._ran_s + self._gaps_s
         _log.info(
             "%d steps in %.2f s, median %.3f ms: the GPU ran %.1f %% of the time",
