@@ -155,3 +155,27 @@ def test_two_steps_in_flight_are_answered_in_order(endpoint: str) -> None:
         tokens = [int.from_bytes(each.tokens, "little") for each in done]
         assert tokens == expected([1, 2, 3], 2)
         assert done[0].compute_s == 0.02
+
+
+BROKEN_DEVICE = """
+import sys
+from tokenloom.worker import fake
+
+def fail(self):
+    raise RuntimeError("the device is lost")
+
+fake._FakePending.remaining_s = fake._FakePending.result = fail
+sys.exit(fake.main(sys.argv[1:]))
+"""
+
+
+def test_a_device_that_fails_under_a_step_is_told_to_the_core(endpoint: str) -> None:
+    with CoreSocket(endpoint) as core:
+        process = subprocess.Popen([sys.executable, "-c", BROKEN_DEVICE, "--connect", endpoint])
+        core.expect(Hello)
+        driver = Driver(core.step, core.configure(configuration(epoch=3)))
+        core.send(driver.plan({driver.add([1, 2, 3]): 3}))
+        failed = core.expect(Failed)
+        assert failed.epoch == 3
+        assert "the device is lost" in failed.error
+        assert process.wait(10) == 1

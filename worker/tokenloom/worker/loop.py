@@ -236,7 +236,7 @@ class _Conversation:
             self._epoch = None
             self._pending.clear()
         if self._pending:
-            self._link.wait(self._pending[0].remaining_s())
+            self._link.wait(self._remaining_s())
         elif self._epoch is not None:
             self._link.wait(HELLO_INTERVAL_S)
         else:
@@ -286,7 +286,7 @@ class _Conversation:
 
     def _send_results(self, *, wait: bool = False) -> int | None:
         """Sends what is done, in the order of the steps; with `wait`, all that was launched."""
-        while self._pending and (wait or self._pending[0].remaining_s() <= 0):
+        while self._pending and (wait or self._remaining_s() <= 0):
             try:
                 done = self._pending.popleft().result()
             except Exception as error:  # noqa: BLE001 - whatever it is, the core must hear of it
@@ -294,6 +294,13 @@ class _Conversation:
             self._link.send(done)
             self._spin.result()
         return None
+
+    def _remaining_s(self) -> float:
+        """Returns a guess of the seconds until the oldest step in flight has its result."""
+        try:
+            return self._pending[0].remaining_s()
+        except Exception:  # noqa: BLE001 - the result will say what went wrong on the device
+            return 0.0
 
     def _fail(self, epoch: int, error: Exception, code: int) -> int:
         _log.error("epoch %d cannot go on", epoch, exc_info=error)
