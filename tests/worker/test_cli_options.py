@@ -13,12 +13,15 @@ from tokenloom.worker.cli import worker
         ("--kv-memory-fraction", "2", "2 is no fraction above 0 and up to 1"),
         ("--kv-cache-bytes", "lots", "'lots' is no size; write 4096, 256MiB or 1.5GiB"),
         ("--attention", "foo", "invalid choice: 'foo'"),
+        ("--cpu-threads", "0", "'0' is no whole number of 1 or more"),
+        ("--spin-us", "-1", "'-1' is no whole number of 0 or more"),
+        ("--profile-steps", "0", "'0' is no whole number of 1 or more"),
     ],
 )
 def test_a_wrong_option_is_explained(
     option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        worker(["--connect", "ipc:///nowhere", option, value])
+        worker(["--connect", "ipc:///nowhere", f"{option}={value}"])
     assert exit_info.value.code == 2
     assert said in capsys.readouterr().err

@@ -65,7 +65,7 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
 )
 _WORKER_OPTIONS = (
     ("device", "DEVICE", "auto, cpu, cuda or cuda:N"),
-    ("attention", "NAME", "attention backend: auto, torch or flash"),
+    ("attention", "NAME", "attention backend: auto, flash4, flash2, triton or torch"),
     ("cpu_threads", "N", "threads that compute on a CPU"),
     ("kv_cache_bytes", "SIZE", "fixed size of the KV cache, such as 1GiB"),
     ("kv_memory_fraction", "FRACTION", "part of the free GPU memory that the KV cache takes"),

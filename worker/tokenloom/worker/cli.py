@@ -151,14 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cpu-threads",
-        type=int,
+        type=_argument(partial(parse_count, at_least=1)),
         default=default_cpu_threads(),
         metavar="N",
         help="threads that compute on a CPU; half of the CPUs leaves some to the scheduler",
     )
     parser.add_argument(
         "--spin-us",
-        type=int,
+        type=_argument(parse_count),
         metavar="MICROSECONDS",
         help="stay awake between steps shorter than this (default: 1000 with at least 8 CPUs,"
         " else 0)",
