@@ -81,3 +81,13 @@ def test_warming_up_keeps_to_the_smallest_limits(
     assert runner._rows is not None
     for step in warm_up_steps(configure.epoch, runner._rows.limits):
         runner.launch(step)  # raises if it goes past one
+
+
+def test_warming_up_draws_rows_with_and_without_log_probabilities(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    runner = ModelRunner(WorkerOptions(device="cpu", kv_cache_bytes=1024 * 1024))
+    configure = configuration(str(tmp_path))
+    runner.configure(configure, lambda *_: None)
+    assert runner._rows is not None
+    steps = warm_up_steps(configure.epoch, runner._rows.limits)
+    assert {len(runner.launch(step).result().logprobs) for step in steps} == {0, 1}

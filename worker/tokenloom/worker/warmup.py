@@ -21,12 +21,17 @@ def warm_up_steps(epoch: int, limits: Limits) -> Iterator[Step]:
     """Yields a chunk and a decode of a short request, a long one and one as large as a step.
 
     Kernels that share a request's keys out compile for long ones alone; the
-    dense library picks its kernels by the number of tokens.
+    dense library picks its kernels by the number of tokens. The short one asks for
+    log probabilities: what draws such rows is compiled apart from what draws others.
     """
     room = min(limits.max_model_tokens, limits.num_blocks * limits.block_size)
     longest = max(1, room - 2)  # two tokens are sampled behind the prompt, if there is room
     step_id = 0
-    for length, chunk in ((32, 32), (_LONG_TOKENS, 32), (longest, limits.max_step_tokens)):
+    for length, chunk, num_top_logprobs in (
+        (32, 32, 1),
+        (_LONG_TOKENS, 32, None),
+        (longest, limits.max_step_tokens, None),
+    ):
         num_tokens = min(length, longest)
         num_new = min(chunk, num_tokens, limits.max_step_tokens)
         num_blocks = num_tokens // limits.block_size + 1
@@ -39,7 +44,9 @@ def warm_up_steps(epoch: int, limits: Limits) -> Iterator[Step]:
                 epoch=epoch,
                 step_id=step_id,
                 released=released if admitted else b"",
-                admitted=(_admit(num_tokens, num_computed),) if admitted else (),
+                admitted=(
+                    (_admit(num_tokens, num_computed, num_top_logprobs),) if admitted else ()
+                ),
                 block_slots=_int32([0] * num_blocks) if admitted else b"",
                 block_indices=_int32(range(num_blocks)) if admitted else b"",
                 block_ids=_int32(range(num_blocks)) if admitted else b"",
@@ -51,7 +58,7 @@ def warm_up_steps(epoch: int, limits: Limits) -> Iterator[Step]:
             step_id += 1
 
 
-def _admit(num_tokens: int, num_computed: int) -> Admit:
+def _admit(num_tokens: int, num_computed: int, num_top_logprobs: int | None) -> Admit:
     """Returns a request of zeros for slot 0."""
     sampling = SamplingParams(
         temperature=1.0,
@@ -65,7 +72,7 @@ def _admit(num_tokens: int, num_computed: int) -> Admit:
         min_tokens=0,
         stop_token_ids=(),
         logit_bias=(),
-        num_top_logprobs=None,
+        num_top_logprobs=num_top_logprobs,
     )
     return Admit(
         slot=0,
