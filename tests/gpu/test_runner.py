@@ -34,6 +34,8 @@ class Machine:
     attention: str = "auto"
     graphs: bool = True
     logits: list[Tensor] = field(default_factory=list)
+    num_faulty: int = 0
+    """Sampled rows whose logits were not finite, those of graphs among them."""
 
     def __post_init__(self) -> None:
         options = WorkerOptions(
@@ -57,7 +59,9 @@ class Machine:
         self.driver = Driver(self.step, self.ready)
 
     def step(self, step: Step) -> StepDone:
-        return self.runner.launch(step).result()
+        done = self.runner.launch(step).result()
+        self.num_faulty += len(ints(done.faulty_rows))
+        return done
 
     def logits_along(self, tokens: Sequence[int]) -> Tensor:
         """Returns [num_prefixes, vocab_size] after prefixes in chunks, each other ending in one."""
@@ -215,6 +219,7 @@ def test_a_request_that_left_nan_behind_harms_no_other(tmp_path: Path) -> None:
         loaded.pool.pages.values.fill_(float("nan"))
     machine.driver.generate([random_prompt(40)], 5)
     assert all(logits.isfinite().all() for logits in machine.logits)
+    assert machine.num_faulty == 0
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class WorkerOptions:
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None: by `kv_memory_fraction` on CUDA, CPU_KV_CACHE on a CPU."""
     kv_memory_fraction: float = 0.92
-    """Part of the device memory that is free after loading, less the scratch memory of the
+    """Part of the device memory that the weights leave free, less the scratch memory of the
     largest step, that the KV pool takes."""
 
 

@@ -161,7 +161,7 @@ class Sampler:
         Args:
             logits: [num_rows, vocab_size] in the model's type; float32 ones are edited in place.
             rows: Their slots and the positions of the tokens to be drawn.
-            tokens: int32 [num_slots, max_tokens], each slot's tokens so far.
+            tokens: int32 [num_slots + 1, max_tokens], each slot's tokens so far.
             num_prompt_tokens: [num_slots]
         """
         slots = rows.host_slots
