@@ -64,7 +64,7 @@ STOP_TIMEOUT_S = 60.0
 NUM_LOG_LINES = 20
 """That are shown of a server which does not come to serve."""
 SHAPE = re.compile(r"(\d+)x([\d:]+)/([\d:]+)")
-GPU_RAN = re.compile(rb"GPU ran (\d+(?:\.\d+)?) ?%")
+GPU_RAN = re.compile(rb"GPU ran (\d+(?:\.\d+)?) % of (\d+(?:\.\d+)?) s")
 """What a worker logs now and then: the part of the time since the last such line."""
 COLUMNS = (
     *("case", "best s", "out tok/s", "median", "in tok/s", "TTFT p50", "p99 ms"),
@@ -86,11 +86,13 @@ class Server:
         return 0 if self.log is None else self.log.stat().st_size
 
     def gpu_share(self, since_bytes: int) -> float | None:
-        """Returns the median of what the worker has logged since the log was so long."""
+        """Returns the share of the time that the worker has logged since the log was so long."""
         if self.log is None:
             return None
-        percents = [float(each) for each in GPU_RAN.findall(self.log.read_bytes()[since_bytes:])]
-        return statistics.median(percents) / 100 if percents else None
+        lines = GPU_RAN.findall(self.log.read_bytes()[since_bytes:])
+        told = [(float(percent), float(seconds)) for percent, seconds in lines]
+        whole_s = sum(seconds for _, seconds in told)
+        return sum(percent * seconds for percent, seconds in told) / whole_s / 100 if told else None
 
 
 @dataclass(frozen=True, kw_only=True)

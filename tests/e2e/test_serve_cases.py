@@ -153,11 +153,11 @@ def test_decode_is_compared_without_the_time_to_the_first_token(tmp_path: Path) 
 
 def test_the_gpus_share_is_what_the_worker_logged_during_the_case(tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
-    log.write_text("worker INFO GPU ran 12.5 % of 10 s\n")
+    log.write_text("worker INFO the GPU ran 12.5 % of 5.00 s: 2 steps, median 1.000 ms\n")
     server = serve_cases.Server(address="", log=log)
     before = server.log_bytes()
     assert server.gpu_share(before) is None
     with log.open("a") as file:
-        file.write("worker INFO GPU ran 90 % of 10 s\n")
-        file.write("worker INFO GPU ran 99.5 % of 10 s\nworker INFO GPU ran 98 % of 10 s\n")
-    assert server.gpu_share(before) == pytest.approx(0.98)
+        file.write("worker INFO the GPU ran 90.0 % of 2.50 s: 7 steps, median 1.000 ms\n")
+        file.write("worker INFO the GPU ran 98.0 % of 7.50 s: 9 steps, median 1.000 ms\n")
+    assert server.gpu_share(before) == pytest.approx(0.96)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tokenloom.worker.timing import IDLE_S, REPORT_S, StepClock
+from tokenloom.worker.timing import IDLE_S, PAUSE_REPORT_S, REPORT_S, StepClock
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,7 @@ def test_short_gaps_between_steps_are_time_in_which_the_device_waited(
     device.run(after_s=0.0, step_s=0.75 * REPORT_S)
     device.run(after_s=IDLE_S / 2, step_s=0.25 * REPORT_S - IDLE_S)
     device.run(after_s=IDLE_S / 2, step_s=0.1)
-    assert caplog.messages == [
-        "3 steps in 5.10 s, median 1150.000 ms: the GPU ran 98.0 % of the time"
-    ]
+    assert caplog.messages == ["the GPU ran 98.0 % of 5.10 s: 3 steps, median 1150.000 ms"]
 
 
 def test_a_time_without_requests_counts_for_nothing(
@@ -63,10 +61,7 @@ def test_a_time_without_requests_counts_for_nothing(
     device.run(after_s=0.0, step_s=1.0)
     device.run(after_s=1000.0, step_s=1.0)
     device.run(after_s=1000.0, step_s=1.0)
-    assert (
-        caplog.messages
-        == ["1 steps in 1.00 s, median 1000.000 ms: the GPU ran 100.0 % of the time"] * 2
-    )
+    assert caplog.messages == ["the GPU ran 100.0 % of 1.00 s: 1 steps, median 1000.000 ms"] * 2
 
 
 def test_a_time_without_requests_may_begin_right_after_a_line(
@@ -75,4 +70,12 @@ def test_a_time_without_requests_may_begin_right_after_a_line(
     device.run(after_s=0.0, step_s=REPORT_S)
     assert len(caplog.messages) == 1
     device.run(after_s=2 * IDLE_S, step_s=0.5)
+    assert len(caplog.messages) == 1
+
+
+def test_short_bursts_share_a_line(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(11):
+        device.run(after_s=10.0, step_s=PAUSE_REPORT_S / 10)
+    assert not caplog.messages
+    device.run(after_s=10.0, step_s=0.1)
     assert len(caplog.messages) == 1

@@ -92,6 +92,9 @@ def serve(argv: Sequence[str]) -> int:
     )
     for name, metavar, text in _WORKER_OPTIONS:
         group.add_argument(_flag(name), metavar=metavar, help=text)
+    group.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch each kernel of a step by itself"
+    )
     args = parser.parse_args(argv)
     if importlib.util.find_spec("tokenloom.worker") is None:
         return _refuse("the worker is not installed; `pip install tokenloom-worker` brings it")
@@ -100,6 +103,8 @@ def serve(argv: Sequence[str]) -> int:
         for name, _, _ in _WORKER_OPTIONS
         if getattr(args, name) is not None
     ]
+    if args.no_cuda_graphs:
+        worker_options.append("--no-cuda-graphs")
     if args.spin_us is not None:
         worker_options.append(f"--spin-us={args.spin_us}")
     return _run(args, worker_options)

@@ -109,14 +109,17 @@ class ModelRunner:
             seconds = time.perf_counter() - start_s
             return _HostPending(done=step_done(step, outcome, seconds))
         start, end = _event(), _event()
-        start.record()
-        outcome = self._compute(changes)
+        outcome = self._compute(changes, start)
         outcome = None if outcome is None else outcome.download()
         end.record()
         return _DevicePending(step=step, outcome=outcome, start=start, end=end, clock=self._clock)
 
-    def _compute(self, changes: Changes) -> Outcome | None:
-        """Queues all of a step; None if nothing is sampled."""
+    def _compute(self, changes: Changes, start: torch.cuda.Event | None = None) -> Outcome | None:
+        """Queues all of a step; None if nothing is sampled.
+
+        `start` is recorded when the host is done with the changes: while it is at them
+        the device may be waiting.
+        """
         loaded, rows = self._loaded, self._rows
         assert loaded is not None
         assert rows is not None
@@ -124,11 +127,15 @@ class ModelRunner:
         fresh_blocks = rows.batch.apply(changes)
         if fresh_blocks is not None:
             loaded.pool.clear(fresh_blocks)
-        if not len(changes.span_slots):
-            return None
-        if rows.graphs is not None and changes.only_decodes:
+        captured = rows.graphs is not None and changes.only_decodes
+        inputs = None if captured or not len(changes.span_slots) else rows.batch.inputs(changes)
+        if start is not None:
+            start.record()
+        if captured:
+            assert rows.graphs is not None
             return self._replay(changes, rows, rows.graphs)
-        inputs = rows.batch.inputs(changes)
+        if inputs is None:
+            return None
         sample_rows = inputs.rows
         logits = loaded.decoder.forward(
             inputs.tokens,

@@ -13,6 +13,8 @@ _log = logging.getLogger(__name__)
 
 REPORT_S = 5.0
 """Of busy time, between two lines of the log."""
+PAUSE_REPORT_S = 1.0
+"""Of busy time, for a line when a pause ends."""
 IDLE_S = 0.1
 """A longer gap between two steps is a time without requests."""
 
@@ -32,7 +34,8 @@ class StepClock:
         gap_s = 0.0 if self._last_end is None else _between_s(self._last_end, start)
         self._last_end = end
         if gap_s > IDLE_S:
-            self._tell()
+            if self._ran_s + self._gaps_s >= PAUSE_REPORT_S:
+                self._tell()
             gap_s = 0.0
         self._steps_s.append(step_s)
         self._ran_s += step_s
@@ -42,15 +45,13 @@ class StepClock:
         return step_s
 
     def _tell(self) -> None:
-        if not self._steps_s:  # a time without requests began right after a line
-            return
         whole_s = self._ran_s + self._gaps_s
         _log.info(
-            "%d steps in %.2f s, median %.3f ms: the GPU ran %.1f %% of the time",
-            len(self._steps_s),
-            whole_s,
-            1000 * median(self._steps_s),
+            "the GPU ran %.1f %% of %.2f s: %d steps, median %.3f ms",
             100 * self._ran_s / whole_s,
+            whole_s,
+            len(self._steps_s),
+            1000 * median(self._steps_s),
         )
         self._steps_s.clear()
         self._ran_s = self._gaps_s = 0.0

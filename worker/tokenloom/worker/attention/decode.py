@@ -3,16 +3,16 @@
 Decoding reads keys and values once and computes next to nothing, so every
 multiprocessor has to read all the time, whether there are few long requests or
 many of all lengths. The keys of all requests, cut in tiles and laid end to end,
-are shared out evenly: for each KV head as many workers as fit on the chip at
+are shared out evenly: for each KV head as many programs as fit on the chip at
 once, each with one run of tiles.
 
     requests    │ 0  0  0  0  0 │ 1  1 │ 2  2  2  2  2  2 │     tiles of keys, end to end
-    workers     │ 0  0  0  0 │ 1  1  1  1 │ 2  2  2  2 │ 3 │     a share is four tiles
-                             └ request 0 is parted between workers 0 and 1
+    programs    │ 0  0  0  0 │ 1  1  1  1 │ 2  2  2  2 │ 3 │     a share is four tiles
+                             └ request 0 is parted between programs 0 and 1
 
-A worker writes the result of a request that is all its own. Of a parted one it
+A program writes the result of a request that is all its own. Of a parted one it
 leaves its part, with the logarithm of its softmax's sum; who comes last weighs the
-parts, in their order, so that a result does not depend on who came last. A worker
+parts, in their order, so that a result does not depend on who came last. A program
 has at most two parts: one of a request that began before its run, and one of a
 request that goes on behind it.
 
@@ -46,7 +46,7 @@ class Tiling:
     num_ahead: int = 2
     """Tiles that are under way while one is computed"""
     min_share: int = 1
-    """Tiles that a worker takes at least"""
+    """Tiles that a program takes at least"""
     programs_per_processor: int = 2
     num_warps: int = 4
     weighed_bytes: int = 64 * 1024
@@ -55,16 +55,16 @@ class Tiling:
 
 @dataclass(frozen=True, kw_only=True)
 class _Workspace:
-    """What workers leave for each other. The kernel returns it as it was."""
+    """What programs leave for each other. The kernel returns it as it was."""
 
-    num_workers: int
+    num_programs: int
     """For each KV head"""
     parts: Tensor
-    """float32 [num_workers, 2, num_heads, head_dim] begun before the run, ended behind it"""
+    """float32 [num_programs, 2, num_heads, head_dim] begun before the run, ended behind it"""
     log_sums: Tensor
-    """float32 [num_workers, 2, num_heads] to the base 2"""
+    """float32 [num_programs, 2, num_heads] to the base 2"""
     counts: Tensor
-    """int32 [num_workers, num_kv_heads] parts there are of the request that began here; zero"""
+    """int32 [num_programs, num_kv_heads] parts there are of the request that began here; zero"""
 
 
 class PagedDecoding:
@@ -97,7 +97,7 @@ class PagedDecoding:
         space = self._workspace(queries.device, num_heads, num_kv_heads, head_dim)
         dims = max(16, triton.next_power_of_2(head_dim))
         num_keys = max(16, tiling.tile_bytes // (dims * queries.element_size()))
-        _attend[(space.num_workers * num_kv_heads,)](
+        _attend[(space.num_programs * num_kv_heads,)](
             queries,
             keys,
             values,
@@ -110,7 +110,7 @@ class PagedDecoding:
             head_dim**-0.5 * _LOG2_E,
             spans.num_spans,
             spans.block_tables.stride(0),
-            space.num_workers,
+            space.num_programs,
             tiling.min_share,
             SPANS=min(each for each in _SPAN_STEPS if each >= spans.num_spans),
             WINDOW=window,
@@ -135,14 +135,14 @@ class PagedDecoding:
         """Returns the model's workspace. It stays: captured launches refer to it."""
         key = (device, num_heads, num_kv_heads, head_dim)
         if key not in self._workspaces:
-            num_programs = self._tiling.programs_per_processor * _num_processors(device)
-            num_workers = max(1, num_programs // num_kv_heads)
-            parts = (num_workers, 2, num_heads)
+            at_once = self._tiling.programs_per_processor * _num_processors(device)
+            num_programs = max(1, at_once // num_kv_heads)
+            parts = (num_programs, 2, num_heads)
             self._workspaces[key] = _Workspace(
-                num_workers=num_workers,
+                num_programs=num_programs,
                 parts=torch.empty((*parts, head_dim), dtype=torch.float32, device=device),
                 log_sums=torch.empty(parts, dtype=torch.float32, device=device),
-                counts=torch.zeros((num_workers, num_kv_heads), dtype=torch.int32, device=device),
+                counts=torch.zeros((num_programs, num_kv_heads), dtype=torch.int32, device=device),
             )
         return self._workspaces[key]
 
@@ -159,7 +159,7 @@ def _first_tile(kv_length: tl.tensor, WINDOW: tl.constexpr, KEYS: tl.constexpr) 
     return kv_length * 0 if WINDOW is None else tl.maximum(kv_length - WINDOW, 0) // KEYS
 
 
-@triton.jit(do_not_specialize=["num_spans", "table_stride", "num_workers", "min_share"])
+@triton.jit(do_not_specialize=["num_spans", "table_stride", "num_programs", "min_share"])
 def _attend(
     queries: tl.tensor,
     keys: tl.tensor,
@@ -173,7 +173,7 @@ def _attend(
     scale: float,
     num_spans: int,
     table_stride: int,
-    num_workers: int,
+    num_programs: int,
     min_share: int,
     SPANS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -188,16 +188,16 @@ def _attend(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """A program a worker and KV head. `scale` is to the base 2."""
+    """A program of a KV head. `scale` is to the base 2."""
     kv_head = tl.program_id(0) % KV_HEADS
-    worker = tl.program_id(0) // KV_HEADS
+    program = tl.program_id(0) // KV_HEADS
     spans = tl.arange(0, SPANS)
     lengths = tl.load(kv_lengths + spans, mask=spans < num_spans, other=0)
     tiles = tl.cdiv(lengths, KEYS) - _first_tile(lengths, WINDOW, KEYS)
     ends = tl.cumsum(tiles, 0)
     num_tiles = tl.sum(tiles, 0)
-    share = tl.maximum(tl.cdiv(num_tiles, num_workers), min_share)
-    run = worker * share
+    share = tl.maximum(tl.cdiv(num_tiles, num_programs), min_share)
+    run = program * share
     run_end = tl.minimum(run + share, num_tiles)
     if run >= run_end:
         return
@@ -261,13 +261,13 @@ def _attend(
         if begins & stops:
             tl.store(mixed + at, mix.to(q.dtype), mask=in_tile)
         else:
-            part = ((worker * 2 + begins.to(tl.int32)) * KV_HEADS * GROUP) + head
+            part = ((program * 2 + begins.to(tl.int32)) * KV_HEADS * GROUP) + head
             tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], mix, mask=in_tile)
             tl.store(log_sums + part, highest + tl.log2(total), mask=in_rows)
             tl.debug_barrier()  # all threads' stores come before the count
-            first_worker = begin // share
-            num_parts = (end - 1) // share - first_worker + 1
-            count = counts + first_worker * KV_HEADS + kv_head
+            first_program = begin // share
+            num_parts = (end - 1) // share - first_program + 1
+            count = counts + first_program * KV_HEADS + kv_head
             if tl.atomic_add(count, 1, sem="acq_rel") == num_parts - 1:
                 tl.store(count, 0)
                 _weigh(
@@ -275,7 +275,7 @@ def _attend(
                     log_sums,
                     mixed + tl.cast(span, tl.int64) * KV_HEADS * GROUP * HEAD_DIM,
                     kv_head,
-                    first_worker,
+                    first_program,
                     num_parts,
                     KV_HEADS,
                     GROUP,
@@ -293,7 +293,7 @@ def _weigh(
     log_sums: tl.tensor,
     mixed: tl.tensor,
     kv_head: int,
-    first_worker: int,
+    first_program: int,
     num_parts: int,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -311,9 +311,9 @@ def _weigh(
     mix = tl.zeros([HEADS, DIMS], tl.float32)
     for done in range(0, num_parts, PARTS):
         nth = done + tl.arange(0, PARTS)
-        worker = first_worker + nth
-        # The span begins in its first worker's run and was begun before all others'.
-        row = (worker * 2 + (nth == 0).to(tl.int32)) * KV_HEADS + kv_head
+        program = first_program + nth
+        # The span begins in its first program's run and was begun before all others'.
+        row = (program * 2 + (nth == 0).to(tl.int32)) * KV_HEADS + kv_head
         at = row[:, None] * GROUP + heads[None, :]
         there = (nth < num_parts)[:, None] & in_heads[None, :]
         # Past the first-level cache: other multiprocessors wrote them.
