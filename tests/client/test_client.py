@@ -353,7 +353,7 @@ def test_timeout_is_the_deadline_that_the_server_sees() -> None:
             client.generate("a", timeout_s=0.2).result()
         seconds_left = server.seconds_left[0]
         assert seconds_left is not None
-        assert seconds_left <= 0.2
+        assert seconds_left < 0.21  # gRPC rounds up what it sends
         assert server.left.wait(30)
 
 
