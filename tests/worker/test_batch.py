@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -116,6 +117,25 @@ def test_advancing_appends_and_leaves_the_idle_row_alone() -> None:
     following = batch.decode_inputs(rows)
     assert following.tokens[0] == 77
     assert following.positions.tolist() == [4, 0]
+
+
+def test_only_single_last_tokens_make_a_decode_step() -> None:
+    twins = Twins()
+    driver = driver_of(twins)
+    slots = [driver.add(range(5)), driver.add(range(5))]
+
+    def is_decode(spans: dict[int, int]) -> bool:
+        step = driver.plan(spans)
+        changes = copy.deepcopy(twins.slots).apply(step)
+        driver.finish(twins.step(step), spans)
+        return changes.only_decodes
+
+    assert not is_decode({slots[0]: 4})
+    assert is_decode({slots[0]: 1})
+    assert not is_decode({slots[0]: 1, slots[1]: 4})
+    assert is_decode({slots[0]: 1, slots[1]: 1})
+    released = driver.plan({})
+    assert not copy.deepcopy(twins.slots).apply(released).only_decodes
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 8, 100, 256, 1000])

@@ -127,13 +127,14 @@ class ModelRunner:
         fresh_blocks = rows.batch.apply(changes)
         if fresh_blocks is not None:
             loaded.pool.clear(fresh_blocks)
-        captured = rows.graphs is not None and changes.only_decodes
-        inputs = None if captured or not len(changes.span_slots) else rows.batch.inputs(changes)
+        graphs = rows.graphs if changes.only_decodes else None
+        inputs = None
+        if graphs is None and len(changes.span_slots):
+            inputs = rows.batch.inputs(changes)
         if start is not None:
             start.record()
-        if captured:
-            assert rows.graphs is not None
-            return self._replay(changes, rows, rows.graphs)
+        if graphs is not None:
+            return self._replay(changes, rows, graphs)
         if inputs is None:
             return None
         sample_rows = inputs.rows

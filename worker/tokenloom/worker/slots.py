@@ -85,8 +85,9 @@ class Changes:
 
     @property
     def only_decodes(self) -> bool:
-        """Whether every span is the last token of its slot."""
-        return bool(self.span_samples.all()) and self.num_tokens == len(self.span_slots)
+        """Whether there are spans, and each is the last token of its slot."""
+        num_spans = len(self.span_slots)
+        return num_spans > 0 and bool(self.span_samples.all()) and self.num_tokens == num_spans
 
 
 class Slots:
