@@ -15,6 +15,7 @@ from models.pocket import data, tasks
 from tests.worker.checkpoints import CONFIGS, generate, make_checkpoint
 from tests.worker.core_socket import CoreSocket, worker_process
 from tests.worker.driver import Driver, configuration, ints, sampling
+from tests.worker.random_load import RandomLoad
 from tests.worker.test_parity import random_prompt
 from tokenloom.wire.messages import Hello, SamplingParams, Step, StepDone
 from tokenloom.worker.options import WorkerOptions
@@ -26,7 +27,11 @@ ANSWERED = ("addition2", "subtraction2", "sorting", "copying", "reversing", "loo
 
 @dataclass
 class Machine:
-    """A runner on a device, driven step by step; the logits of steps without a graph are kept."""
+    """A runner on a device, driven step by step.
+
+    The logits are kept of steps without a graph, and of those that are asked for log
+    probabilities.
+    """
 
     folder: Path
     device: str
@@ -63,6 +68,21 @@ class Machine:
         self.num_faulty += len(ints(done.faulty_rows))
         return done
 
+    def logits_beside(self, tokens: Sequence[int]) -> Tensor:
+        """Returns what `logits_along` does, in steps in which another request decodes."""
+        asks = sampling(num_top_logprobs=0)
+        other = self.driver.add(random_prompt(30, 1), asks)
+        self.driver.run({other: 1})
+        rows = []
+        for index, end in enumerate(range(40, len(tokens), 7)):
+            slot = self.driver.add(tokens[:end], asks)
+            for chunk in [end - 1, 1] if index % 2 else [33] * (end // 33) + [end % 33]:
+                if chunk:
+                    self.driver.step({other: 1, slot: chunk})
+            rows.append(self.logits[-1][-1:])
+            self.driver.release(slot)
+        return torch.cat(rows)
+
     def logits_along(self, tokens: Sequence[int]) -> Tensor:
         """Returns [num_prefixes, vocab_size] after prefixes in chunks, each other ending in one."""
         self.logits.clear()
@@ -94,6 +114,33 @@ def test_bfloat16_logits_on_cuda_are_near_the_cpus(
     logits = Machine(tmp_path, "cuda", "bfloat16", attention, graphs=False).logits_along(tokens)
     # As far from float32 as bfloat16 itself is, on a model that amplifies every rounding.
     assert float((logits - exact).norm()) < 1.3 * float((rounded - exact).norm())
+
+
+@pytest.mark.parametrize("attention", ["auto", "triton"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_logits_of_captured_steps_are_near_the_cpus(
+    tmp_path: Path, name: str, attention: str
+) -> None:
+    make_checkpoint(tmp_path, name)
+    tokens = random_prompt(200)
+    exact = Machine(tmp_path, "cpu", "float32").logits_along(tokens)
+    rounded = Machine(tmp_path, "cpu", "bfloat16").logits_along(tokens)
+    logits = Machine(tmp_path, "cuda", "bfloat16", attention).logits_beside(tokens)
+    assert float((logits - exact).norm()) < 1.3 * float((rounded - exact).norm())
+
+
+@pytest.mark.parametrize("edits", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window"])
+def test_captured_steps_with_prompts_give_the_tokens_of_steps_without_a_graph(
+    tmp_path: Path, name: str, *, edits: bool
+) -> None:
+    make_checkpoint(tmp_path, name)
+
+    def run(*, graphs: bool) -> list[list[int]]:
+        machine = Machine(tmp_path, "cuda", "float32", graphs=graphs)
+        return RandomLoad(machine.driver, len(name), edits=edits).run(75)
+
+    assert run(graphs=True) == run(graphs=False)
 
 
 @pytest.mark.parametrize("num_requests", [1, 5, 64])
@@ -152,6 +199,32 @@ def test_the_next_step_is_launched_while_the_last_one_runs(tmp_path: Path) -> No
     tokens = [ints(each.result().tokens)[0] for each in pending]
     assert tokens == generate(model, prompt, 10)
     assert all(each.result().compute_s > 0 for each in pending)
+
+
+def test_steps_with_prompts_are_launched_while_the_ones_before_run(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama")
+    machine = Machine(tmp_path, "cuda", "float32")
+    driver, prompts = machine.driver, [random_prompt(length) for length in (17, 40)]
+    first, second = (driver.add(prompt) for prompt in prompts)
+    found: dict[int, list[int]] = {first: [], second: []}
+    steps = [{first: 17}, {first: 1, second: 30}, {first: 1, second: 10}]
+    steps += [{first: 1, second: 1}] * 8
+    launched = []
+    for spans in steps:
+        pending = machine.runner.launch(driver.plan(spans))
+        sampled = []
+        for slot, length in spans.items():
+            state = driver.slots[slot]
+            state.num_computed += length
+            if state.num_computed == len(state.tokens):
+                state.tokens.append(0)  # what it is only the device knows
+                sampled.append(slot)
+        launched.append((sampled, pending))
+    for sampled, pending in launched:
+        for slot, token in zip(sampled, ints(pending.result().tokens), strict=True):
+            found[slot].append(token)
+    assert found[first] == generate(model, prompts[0], 11)
+    assert found[second] == generate(model, prompts[1], 9)
 
 
 def test_the_worker_process_keeps_two_steps_in_flight(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ SPANS: dict[str, Sequence[tuple[int, int]]] = {
     "short spans": [(0, 2), (300, 3), (126, 4), (1500, 1)],
     "prefills": [(0, 127), (0, 128), (0, 129), (0, 1), (0, 700)],
     "chunks": [(128, 128), (1, 127), (127, 2), (300, 513)],
+    "places left empty": [(700, 1), (3, 1), (0, 0), (0, 0), (0, 0), (64, 65), (0, 300), (0, 0)],
     "decodes and chunks": [(700, 1), (1023, 1), (128, 1), (0, 300), (64, 65), (500, 1), (256, 256)],
 }
-"""(start, length) of each, about where blocks end; decodes first, as the core plans steps"""
+"""(start, length) of each, about where blocks end; decodes first, as the core plans steps;
+an empty span is (0, 0)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,26 @@ def test_triton_agrees_with_its_twin(
         kernel_cases.assert_attends_like_its_twin(attention, case, window)
 
 
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 1), (130, 1), (299, 1), (0, 0), (0, 0), (0, 20), (30, 3), (0, 0)],
+        [(0, 0), (0, 0), (30, 3)],
+        [(0, 0), (0, 0), (30, 3), (0, 0), (0, 20)],
+    ],
+)
+def test_empty_spans_take_and_write_nothing(
+    monkeypatch: pytest.MonkeyPatch, spans: list[tuple[int, int]]
+) -> None:
+    kernel_cases.poison_new_memory(monkeypatch)
+    heads = Heads(num_heads=4, num_kv_heads=2, head_dim=24)
+    case = kernel_cases.attention_case(
+        spans, heads, block_size=16, dtype=torch.float32, device="cpu"
+    )
+    for attention in (SplitAttention(PagedDecoding(), PagedAttention(16)), PagedAttention(16)):
+        kernel_cases.assert_attends_like_its_twin(attention, case, 40)
+
+
 def test_workers_leave_their_counts_at_zero() -> None:
     case = make_case([(299, 1)] * 3, num_heads=2, num_kv_heads=1, head_dim=16, block_size=16)
     decoding = PagedDecoding()

@@ -53,6 +53,7 @@ SPANS: dict[str, Sequence[tuple[int, int]]] = {
     "decodes of many lengths": [(0, 1), (3, 1), (4, 1), (5, 1), (31, 1), (64, 1), (200, 1)],
     "prefills": [(0, 5), (0, 16), (0, 17)],
     "chunks in the middle": [(7, 9), (16, 16), (33, 3)],
+    "places left empty": [(7, 1), (0, 0), (0, 0), (5, 9), (0, 0)],
     "all kinds": [(0, 40), (21, 1), (8, 7), (100, 1), (0, 2), (22, 1), (50, 33)],
 }
 
@@ -91,7 +92,7 @@ def test_a_step_is_parted_into_its_decodes_and_the_others_without_a_copy() -> No
     assert step.others.kv_offsets.tolist() == [0, 30, 38, 52]
 
 
-@pytest.mark.parametrize("name", ["decodes", "prefills", "decodes and chunks"])
+@pytest.mark.parametrize("name", ["decodes", "prefills", "decodes and chunks", "places left empty"])
 def test_two_backends_share_a_step(name: str) -> None:
     case = make_case(
         attention_cases.SPANS[name], num_heads=4, num_kv_heads=2, head_dim=8, block_size=16
@@ -118,7 +119,7 @@ class _Decoding:
         mixed: Tensor,
     ) -> None:
         assert spans.num_decodes == spans.num_spans
-        tokens = slice(spans.num_spans)
+        tokens = slice(int(spans.offsets[-1]))  # the last spans may be empty
         mixed[tokens] = self._reference.attend(pages, layer, queries[tokens], spans, window)
 
 

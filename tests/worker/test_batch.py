@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 
 from tests.worker.driver import Driver
 from tokenloom.wire.messages import Ready, Step, StepDone
-from tokenloom.worker.batch import Batch
+from tokenloom.worker.batch import Batch, StepShape
 from tokenloom.worker.drawing import Drawn
-from tokenloom.worker.graphs import ladder
 from tokenloom.worker.kernels import FAULTY
 from tokenloom.worker.kernels.twin import TorchOperations
 from tokenloom.worker.slots import Limits, Slots
@@ -43,10 +40,10 @@ class Twins:
         if changes.only_decodes:
             self.compare(changes.span_slots)
         inputs = self.batch.inputs(changes)
-        num_rows = len(inputs.rows.host_slots)
+        num_rows = len(changes.sample_slots)
         tokens = torch.arange(self.next_token, self.next_token + num_rows, dtype=torch.int32)
         self.next_token += num_rows
-        self.batch.append(inputs.rows.slots, inputs.rows.ends, tokens)
+        self.batch.append(inputs.row_slots, inputs.row_ends, tokens)
         return StepDone(
             epoch=1,
             step_id=step.step_id,
@@ -113,7 +110,6 @@ def test_advancing_appends_and_leaves_the_idle_row_alone() -> None:
     )
     assert batch.advance(rows, inputs.positions, drawn).tolist() == [77, FAULTY]
     assert batch.tokens[slot, :5].tolist() == [0, 1, 2, 500, 77]
-    assert batch.ends(rows).tolist() == [4, 0]
     following = batch.decode_inputs(rows)
     assert following.tokens[0] == 77
     assert following.positions.tolist() == [4, 0]
@@ -138,11 +134,32 @@ def test_only_single_last_tokens_make_a_decode_step() -> None:
     assert not copy.deepcopy(twins.slots).apply(released).only_decodes
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 8, 100, 256, 1000])
-def test_the_ladder_of_sizes_ascends_to_the_most_rows(max_rows: int) -> None:
-    sizes = ladder(max_rows)
-    assert sizes == sorted(set(sizes))
-    assert sizes[0] == 1
-    assert sizes[-1] == max_rows
-    for below, size in pairwise(sizes):
-        assert size - below - 1 <= max(7, size // 5)
+def test_a_step_lies_in_a_larger_shape_with_the_idle_slot_around_it() -> None:
+    twins = Twins()
+    driver = driver_of(twins)
+    decodes = [driver.add(range(length)) for length in (7, 3)]
+    driver.run(dict.fromkeys(decodes, 1))
+    chunk, prompt = driver.add(range(12)), driver.add(range(5))
+    step = driver.plan({decodes[1]: 1, decodes[0]: 1, chunk: 6, prompt: 5})
+    changes = twins.slots.apply(step)
+    twins.batch.apply(changes)
+    exact = twins.batch.inputs(changes)
+    shape = StepShape(
+        num_tokens=20, num_spans=9, num_decodes=4, num_rows=6, max_length=20, max_kv_length=30
+    )
+    columns = [torch.from_numpy(column) for column in twins.batch.columns(changes, shape)]
+    inputs = twins.batch.look_up(columns, shape)
+
+    assert torch.equal(inputs.tokens[:13], exact.tokens)
+    assert torch.equal(inputs.positions[:13], exact.positions)
+    assert torch.equal(inputs.spans.places[:13], exact.spans.places)
+    assert set(inputs.spans.places[13:].tolist()) == {LIMITS.num_blocks * LIMITS.block_size}
+    assert inputs.spans.offsets.tolist() == [0, 1, 2, 2, 2, 8, 13, 13, 13, 13]
+    assert inputs.spans.kv_lengths.tolist() == [4, 8, 0, 0, 6, 5, 0, 0, 0]
+    width = exact.spans.block_tables.shape[1]
+    tables = inputs.spans.block_tables[[0, 1, 4, 5], :width]
+    assert torch.equal(tables, exact.spans.block_tables)
+    idle = twins.batch.idle_slot
+    assert inputs.last_tokens[:3].tolist() == exact.last_tokens.tolist() == [0, 1, 12]
+    assert inputs.row_slots.tolist() == [decodes[1], decodes[0], prompt, idle, idle, idle]
+    assert inputs.row_ends[:3].tolist() == exact.row_ends.tolist() == [4, 8, 5]

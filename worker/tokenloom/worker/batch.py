@@ -9,8 +9,8 @@ are that the step before sampled and the host has not seen yet.
                             └ appended by `append`, read by the next step
     idle      0 0 · · · ·                          0      spare spare · ·
 
-The row behind the slots is nobody's: it fills a captured decode step up to its
-size. It computes position 0 of the pool's spare block again and again.
+The row behind the slots is nobody's: it fills a captured step up to its shape. It
+computes position 0 of the pool's spare block again and again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from tokenloom.worker.attention import Spans
 from tokenloom.worker.transfer import upload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from tokenloom.worker.drawing import Drawn
     from tokenloom.worker.kernels import Operations
-    from tokenloom.worker.slots import Changes, Limits
+    from tokenloom.worker.slots import Admitted, Changes, Limits
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -50,6 +52,34 @@ class SampleRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """How much room a step has, and bounds of what is in it."""
+
+    num_tokens: int
+    num_spans: int
+    num_decodes: int
+    """Leading spans of at most one token"""
+    num_rows: int
+    """Spans that sample"""
+    max_length: int
+    """No span has more tokens"""
+    max_kv_length: int
+    """No request attends to more positions"""
+
+    @staticmethod
+    def of(changes: Changes) -> StepShape:
+        """Returns the room that a step, which has at least one span, just fills."""
+        return StepShape(
+            num_tokens=changes.num_tokens,
+            num_spans=len(changes.span_slots),
+            num_decodes=changes.num_decodes,
+            num_rows=int(changes.span_samples.sum()),
+            max_length=int(changes.span_lengths.max()),
+            max_kv_length=int((changes.span_starts + changes.span_lengths).max()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepInputs:
     """A step as the model takes it."""
 
@@ -60,7 +90,10 @@ class StepInputs:
     spans: Spans
     last_tokens: Tensor
     """int64 [num_rows] tokens of the step whose successors are sampled"""
-    rows: SampleRows
+    row_slots: Tensor
+    """int64 [num_rows]"""
+    row_ends: Tensor
+    """int64 [num_rows] position that the sampled token gets"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,84 +137,99 @@ class Batch:
             int64 [num_fresh] blocks that come without content and are to be
             cleared; None if there are none.
         """
-        if not changes.admitted and not len(changes.block_ids):
+        if changes.admitted:
+            self._admit(changes.admitted)
+        if not len(changes.block_ids):
             return None
-        none = np.empty(0, dtype=np.int32)
-        lengths = [len(admitted.tokens) for admitted in changes.admitted]
-        slots = np.array([admitted.slot for admitted in changes.admitted], dtype=np.int32)
-        self._num_cached[slots] = [admitted.num_computed for admitted in changes.admitted]
         first_fresh = -(-self._num_cached[changes.block_slots] // self._block_size)
-        on_device = upload(
+        slots, indices, ids, fresh = upload(
             self._device,
-            np.repeat(slots, lengths),
-            np.concatenate([none, *(np.arange(length, dtype=np.int32) for length in lengths)]),
-            np.concatenate([none, *(admitted.tokens for admitted in changes.admitted)]),
-            slots,
-            self._num_cached[slots],
             changes.block_slots,
             changes.block_indices,
             changes.block_ids,
             changes.block_ids[changes.block_indices >= first_fresh],
         )
-        rows, columns, tokens, admitted, ends = on_device[:5]
-        block_slots, block_indices, block_ids, fresh = on_device[5:]
-        self.tokens[rows.long(), columns.long()] = tokens
-        self._ends[admitted.long()] = ends.long()
-        self._tables[block_slots.long(), block_indices.long()] = block_ids
+        self._tables[slots.long(), indices.long()] = ids
         return fresh.long() if len(fresh) else None
+
+    def _admit(self, admitted: Sequence[Admitted]) -> None:
+        lengths = [len(each.tokens) for each in admitted]
+        slots = np.array([each.slot for each in admitted], dtype=np.int32)
+        self._num_cached[slots] = [each.num_computed for each in admitted]
+        rows, columns, tokens, device_slots, ends = upload(
+            self._device,
+            np.repeat(slots, lengths),
+            np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            np.concatenate([each.tokens for each in admitted]),
+            slots,
+            self._num_cached[slots],
+        )
+        self.tokens[rows.long(), columns.long()] = tokens
+        self._ends[device_slots.long()] = ends.long()
 
     def inputs(self, changes: Changes) -> StepInputs:
         """Returns what the model needs to compute the spans, at least one, of a step."""
-        starts, lengths = changes.span_starts, changes.span_lengths
-        ends = starts + lengths
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=offsets[1:])
-        inside = np.arange(offsets[-1], dtype=np.int32) - np.repeat(offsets[:-1], lengths)
-        sample_slots = changes.span_slots[changes.span_samples]
-        sample_ends = ends[changes.span_samples]
-        on_device = upload(
-            self._device,
-            np.repeat(changes.span_slots, lengths),
-            inside + np.repeat(starts, lengths),
+        shape = StepShape.of(changes)
+        return self.look_up(upload(self._device, *self.columns(changes, shape)), shape)
+
+    def columns(self, changes: Changes, shape: StepShape) -> tuple[Int32Array, ...]:
+        """Returns what `look_up` has to be told of a step that fits in a shape.
+
+        The spans that are no decodes begin at the shape's own num_decodes; places
+        before and behind them are empty spans of the idle slot. So are the tokens
+        behind the last one, which belong to no span, and the rows.
+
+            decodes      others       tokens               rows that sample
+            3 1 5 · ·    2 4 · ·      3 1 5 2 2 2 4 4 · ·  3 1 5 2 · · · · ·
+        """
+        slots, starts, lengths = changes.span_slots, changes.span_starts, changes.span_lengths
+        at = np.arange(len(slots))  # [num_spans] the places of spans in the shape
+        at[changes.num_decodes :] += shape.num_decodes - changes.num_decodes
+        offsets = np.zeros(shape.num_spans + 1, dtype=np.int32)
+        np.cumsum(_spread(lengths, at, shape.num_spans, 0), out=offsets[1:])
+        begins = offsets[at]
+        num_tokens, idle = int(offsets[-1]), self.idle_slot
+        tokens, samples = slice(num_tokens), changes.span_samples
+        positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - begins, lengths)
+        rows = slice(int(samples.sum()))
+        return (
+            _spread(np.repeat(slots, lengths), tokens, shape.num_tokens, idle),
+            _spread(positions, tokens, shape.num_tokens, 0),
             offsets,
-            ends,
-            changes.span_slots,
-            offsets[1:][changes.span_samples] - 1,
-            sample_slots,
-            sample_ends,
-        )
-        token_slots, positions, device_offsets, kv_lengths = on_device[:4]
-        span_slots, last_tokens, row_slots, row_ends = on_device[4:]
-        rows, columns, owners = token_slots.long(), positions.long(), span_slots.long()
-        self._ends[owners] = kv_lengths.long()
-        blocks = self._tables[rows, columns // self._block_size].long()
-        max_kv_length = int(ends.max())
-        max_blocks = -(-max_kv_length // self._block_size)
-        longer = lengths > 1
-        return StepInputs(
-            tokens=self.tokens[rows, columns],
-            positions=columns,
-            spans=Spans(
-                offsets=device_offsets,
-                kv_lengths=kv_lengths,
-                block_tables=self._tables[owners, :max_blocks],
-                places=blocks * self._block_size + columns % self._block_size,
-                num_decodes=int(longer.argmax()) if longer.any() else len(lengths),
-                max_length=int(lengths.max()),
-                max_kv_length=max_kv_length,
-            ),
-            last_tokens=last_tokens.long(),
-            rows=SampleRows(
-                slots=row_slots.long(),
-                ends=row_ends.long(),
-                host_slots=sample_slots,
-                host_ends=sample_ends,
-            ),
+            _spread(starts + lengths, at, shape.num_spans, 0),
+            _spread(slots, at, shape.num_spans, idle),
+            _spread((begins + lengths - 1)[samples], rows, shape.num_rows, 0),
+            _spread(slots[samples], rows, shape.num_rows, idle),
+            _spread((starts + lengths)[samples], rows, shape.num_rows, 1),
         )
 
-    def ends(self, slots: Tensor) -> Tensor:
-        """Returns int64 [num_rows]: how many tokens of int64 [num_rows] slots are computed."""
-        return self._ends[slots]
+    def look_up(self, columns: Sequence[Tensor], shape: StepShape) -> StepInputs:
+        """Returns what the model needs to compute a step of which the device has `columns`.
+
+        It may be captured: nothing depends on what the columns hold.
+        """
+        token_slots, token_positions, offsets, kv_lengths = columns[:4]
+        span_slots, last_tokens, row_slots, row_ends = columns[4:]
+        slots, positions, owners = token_slots.long(), token_positions.long(), span_slots.long()
+        self._ends[owners] = kv_lengths.long()
+        blocks = self._tables[slots, positions // self._block_size].long()
+        max_blocks = -(-shape.max_kv_length // self._block_size)
+        return StepInputs(
+            tokens=self.tokens[slots, positions],
+            positions=positions,
+            spans=Spans(
+                offsets=offsets,
+                kv_lengths=kv_lengths,
+                block_tables=self._tables[owners, :max_blocks],
+                places=blocks * self._block_size + positions % self._block_size,
+                num_decodes=shape.num_decodes,
+                max_length=shape.max_length,
+                max_kv_length=shape.max_kv_length,
+            ),
+            last_tokens=last_tokens.long(),
+            row_slots=row_slots.long(),
+            row_ends=row_ends.long(),
+        )
 
     def append(self, slots: Tensor, ends: Tensor, tokens: Tensor) -> None:
         """Writes int32 [num_rows] sampled tokens behind their slots' last ones."""
@@ -225,3 +273,12 @@ class Batch:
             self.tokens,
             self.idle_slot,
         )
+
+
+def _spread(
+    values: Int32Array, at: npt.NDArray[np.int64] | slice, size: int, rest: int
+) -> Int32Array:
+    """Returns [size] with the values where they belong and `rest` elsewhere."""
+    spread = np.full(size, rest, dtype=np.int32)
+    spread[at] = values
+    return spread

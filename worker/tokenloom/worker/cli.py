@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
         default=defaults.graphs,
-        help="capture decode steps; without, each kernel is launched by itself",
+        help="capture steps as CUDA graphs; without, each kernel is launched by itself",
     )
     parser.add_argument(
         "--cpu-threads",

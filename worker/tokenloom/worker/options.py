@@ -21,7 +21,7 @@ class WorkerOptions:
     attention: str = "auto"
     """One of ATTENTION_NAMES."""
     graphs: bool = True
-    """Whether decode steps are captured as CUDA graphs."""
+    """Whether steps are captured as CUDA graphs."""
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None: by `kv_memory_fraction` on CUDA, CPU_KV_CACHE on a CPU."""
     kv_memory_fraction: float = 0.92

@@ -21,18 +21,17 @@ from tokenloom.wire.messages import Configure, Ready, Step, StepDone
 from tokenloom.worker.batch import Batch, SampleRows
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
-from tokenloom.worker.graphs import DecodeGraphs
+from tokenloom.worker.graphs import StepGraphs
 from tokenloom.worker.loading import LoadedModel, find_device, load_model, max_step_tokens
 from tokenloom.worker.results import Outcome, step_done
 from tokenloom.worker.sampling import Sampler
+from tokenloom.worker.shapes import Computed, FixedSteps
 from tokenloom.worker.slots import Changes, Limits, Slots
 from tokenloom.worker.timing import StepClock
 from tokenloom.worker.warmup import warm_up_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     from tokenloom.worker.options import WorkerOptions
 
@@ -47,7 +46,7 @@ class _Rows:
     limits: Limits
     batch: Batch
     sampler: Sampler
-    graphs: DecodeGraphs | None
+    graphs: StepGraphs | None
     """None where steps are not captured."""
 
 
@@ -127,47 +126,51 @@ class ModelRunner:
         fresh_blocks = rows.batch.apply(changes)
         if fresh_blocks is not None:
             loaded.pool.clear(fresh_blocks)
-        graphs = rows.graphs if changes.only_decodes else None
-        inputs = None
-        if graphs is None and len(changes.span_slots):
-            inputs = rows.batch.inputs(changes)
+        compute = self._place(changes, loaded, rows) if len(changes.span_slots) else None
         if start is not None:
             start.record()
-        if graphs is not None:
-            return self._replay(changes, rows, graphs)
-        if inputs is None:
+        computed = None if compute is None else compute()
+        if computed is None or not changes.span_samples.any():
             return None
-        sample_rows = inputs.rows
-        logits = loaded.decoder.forward(
-            inputs.tokens,
-            inputs.positions,
-            inputs.last_tokens,
-            spans=inputs.spans,
-            pages=loaded.pool.pages,
-            attention=loaded.attention,
-        )
-        if not len(sample_rows.host_slots):
-            return None
-        return self._sample(logits, sample_rows, rows)
+        plain = rows.sampler.is_plain(changes.sample_slots, changes.sample_ends)
+        if plain and computed.tokens is not None:
+            return Outcome(tokens=computed.tokens, logprobs=None)
+        # What a captured step drew of rows that are not plain is drawn again.
+        return self._sample(changes, computed, rows)
 
-    def _replay(self, changes: Changes, rows: _Rows, graphs: DecodeGraphs) -> Outcome:
-        """Queues a captured step, and draws again what the graph cannot."""
-        host_slots = changes.span_slots
-        slots, logits, tokens = graphs.replay(host_slots)
-        host_ends = changes.span_starts + 1
-        if rows.sampler.is_plain(host_slots, host_ends):
-            return Outcome(tokens=tokens, logprobs=None)
-        sample_rows = SampleRows(
-            slots=slots, ends=rows.batch.ends(slots), host_slots=host_slots, host_ends=host_ends
-        )
-        return self._sample(logits, sample_rows, rows)
+    @staticmethod
+    def _place(changes: Changes, loaded: LoadedModel, rows: _Rows) -> Callable[[], Computed]:
+        """Puts a step's inputs on the device; returns what queues the rest of it."""
+        replay = None if rows.graphs is None else rows.graphs.place(changes)
+        if replay is not None:
+            return replay
+        inputs = rows.batch.inputs(changes)
 
-    def _sample(self, logits: Tensor, sample_rows: SampleRows, rows: _Rows) -> Outcome:
+        def forward() -> Computed:
+            logits = loaded.decoder.forward(
+                inputs.tokens,
+                inputs.positions,
+                inputs.last_tokens,
+                spans=inputs.spans,
+                pages=loaded.pool.pages,
+                attention=loaded.attention,
+            )
+            return Computed(slots=inputs.row_slots, ends=inputs.row_ends, logits=logits)
+
+        return forward
+
+    def _sample(self, changes: Changes, computed: Computed, rows: _Rows) -> Outcome:
         assert self._slots is not None
-        sampled = rows.sampler.sample(
-            logits, sample_rows, rows.batch.tokens, self._slots.num_prompt_tokens
+        sample_rows = SampleRows(
+            slots=computed.slots,
+            ends=computed.ends,
+            host_slots=changes.sample_slots,
+            host_ends=changes.sample_ends,
         )
-        rows.batch.append(sample_rows.slots, sample_rows.ends, sampled.tokens)
+        sampled = rows.sampler.sample(
+            computed.logits, sample_rows, rows.batch.tokens, self._slots.num_prompt_tokens
+        )
+        rows.batch.append(computed.slots, computed.ends, sampled.tokens)
         return Outcome.of(sampled)
 
     def _prepare(
@@ -177,7 +180,7 @@ class ModelRunner:
         loaded: LoadedModel,
         report: Callable[[str, float], None],
     ) -> _Rows:
-        """Returns empty rows; on CUDA, kernels are compiled and decode steps captured."""
+        """Returns empty rows; on CUDA, kernels are compiled and steps captured."""
         batch = Batch(limits, loaded.decoder.operations, self.device)
         sampler = Sampler(limits.num_slots, limits.vocab_size, self.device)
         rows = _Rows(limits=limits, batch=batch, sampler=sampler, graphs=None)
@@ -190,7 +193,7 @@ class ModelRunner:
         report("warming up", 1.0)
         if not (self._options.graphs and loaded.attention.capturable):
             return rows
-        graphs = DecodeGraphs(loaded, batch, sampler, limits.num_slots)
+        graphs = StepGraphs(FixedSteps(loaded, batch, sampler, limits), self.device)
         graphs.capture(lambda fraction: report("capturing graphs", fraction))
         return replace(rows, graphs=graphs)
 

@@ -84,10 +84,26 @@ class Changes:
         return int(self.span_lengths.sum())
 
     @property
+    def num_decodes(self) -> int:
+        """Leading spans of one token."""
+        longer = self.span_lengths > 1
+        return int(longer.argmax()) if longer.any() else len(longer)
+
+    @property
     def only_decodes(self) -> bool:
         """Whether there are spans, and each is the last token of its slot."""
         num_spans = len(self.span_slots)
         return num_spans > 0 and bool(self.span_samples.all()) and self.num_tokens == num_spans
+
+    @property
+    def sample_slots(self) -> Int32Array:
+        """[num_rows] slots of the spans that sample."""
+        return self.span_slots[self.span_samples]
+
+    @property
+    def sample_ends(self) -> Int32Array:
+        """[num_rows] positions that the sampled tokens get."""
+        return (self.span_starts + self.span_lengths)[self.span_samples]
 
 
 class Slots:

@@ -33,19 +33,20 @@ class Spans:
     """The spans of a step. What the host knows of them are counts and bounds alone.
 
     So a captured step is described once: its tensors change while the graph
-    lives, and the bounds hold for all that they may become.
+    lives, and the bounds hold for all that they may become. Places for spans that
+    such a step does not need are empty: no token, and a kv_length of 0.
     """
 
     offsets: Tensor
     """int32 [num_spans + 1] where each span's tokens begin in the step"""
     kv_lengths: Tensor
-    """int32 [num_spans] positions up to and with the span's last, at least 1"""
+    """int32 [num_spans] positions up to and with the span's last; 0 if it is empty"""
     block_tables: Tensor
     """int32 [num_spans, max_blocks] blocks of the span's request"""
     places: Tensor
     """int64 [num_tokens] block * block_size + offset where each token's K and V go"""
     num_decodes: int
-    """Leading spans that are one token long"""
+    """Leading spans that are one token long; the last of them may be empty"""
     max_length: int
     """No span has more tokens"""
     max_kv_length: int
@@ -58,7 +59,7 @@ class Spans:
 
     @cached_property
     def decodes(self) -> Spans:
-        """The leading spans of one token; span i has token i."""
+        """The leading spans of one token; span i has token i, unless it is empty."""
         if self.num_decodes == self.num_spans:
             return self
         return replace(
@@ -107,7 +108,7 @@ class Attention(Protocol):
 
 
 class Decoding(Protocol):
-    """A backend for spans of one token, of which span i has token i."""
+    """A backend for spans of one token, of which span i has token i; the last may be empty."""
 
     name: str
 

@@ -79,7 +79,8 @@ class ReferenceAttention:
         starts, num_blocks = ends - lengths, -(-ends // self.block_size)
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for span, shape in enumerate(zip(lengths.tolist(), num_blocks.tolist(), strict=True)):
-            alike[(shape[0] - 1).bit_length(), (shape[1] - 1).bit_length()].append(span)
+            if shape[0]:  # an empty span has nothing to be computed
+                alike[(shape[0] - 1).bit_length(), (shape[1] - 1).bit_length()].append(span)
         device = spans.places.device
         for rows in alike.values():
             steps = np.arange(lengths[rows].max())
