@@ -9,13 +9,15 @@ after the other on one stream.
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tokenloom.worker.batch import StepShape
     from tokenloom.worker.shapes import Computed, FixedSteps
@@ -35,6 +37,7 @@ class StepGraphs:
         """Captures all shapes; `report` is told the fraction that is done."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         pool = torch.cuda.graph_pool_handle()
+        gc.collect()
         # The largest first: the others then fit in the memory that it left in the pool.
         shapes = self._steps.shapes
         for index, shape in enumerate(shapes):
@@ -42,8 +45,7 @@ class StepGraphs:
             self._steps.compute(shape)  # kernels are compiled and libraries set up before
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream):
-                # Not `torch.cuda.graph`: it collects garbage and empties caches each time.
+            with torch.cuda.stream(stream), _garbage_kept():
                 # What other threads do, who copy weights meanwhile, is no concern of it.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
@@ -70,3 +72,15 @@ class StepGraphs:
         graph, computed = self._captured[shape]
         graph.replay()
         return computed.first(num_rows)
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Within it, nothing dies of a collection: a graph or an event that did would end a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
