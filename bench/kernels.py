@@ -26,8 +26,8 @@ from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
+from tokenloom.worker.linears import DenseLinear
 from tokenloom.worker.options import ATTENTION_NAMES
-from tokenloom.worker.weights import Linear
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -314,10 +314,10 @@ class LibraryOperations(FusedOperations):
     add_linear = Operations.add_linear
 
 
-def linear(num_outputs: int, num_inputs: int) -> Linear:
+def linear(num_outputs: int, num_inputs: int) -> DenseLinear:
     """Returns a matrix that leaves the size of numbers as it is."""
     weight = normal(num_outputs, num_inputs).mul_(num_inputs**-0.5)
-    return Linear(weight=weight, bias=None)
+    return DenseLinear(weight=weight, bias=None)
 
 
 def linear_rows() -> Iterator[Row]:
@@ -354,7 +354,7 @@ def linear_rows() -> Iterator[Row]:
 
 
 def layers_call(
-    operations: Operations, layers: Sequence[tuple[Linear, ...]], num_rows: int
+    operations: Operations, layers: Sequence[tuple[DenseLinear, ...]], num_rows: int
 ) -> Callable[[int], object]:
     """Returns a call that runs layers whose attention returns the first of its inputs."""
     hidden_size = layers[0][0].weight.shape[1]
@@ -374,7 +374,7 @@ def layers_call(
     return call
 
 
-def head_call(operations: Operations, head: Linear, num_rows: int) -> Callable[[int], object]:
+def head_call(operations: Operations, head: DenseLinear, num_rows: int) -> Callable[[int], object]:
     """Returns a call that computes logits."""
     hidden, update = (normal(num_rows, head.weight.shape[1]) for _ in range(2))
     gain, out = normal(head.weight.shape[1]), normal(num_rows, len(head.weight))

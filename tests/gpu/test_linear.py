@@ -10,7 +10,7 @@ from tests.worker import kernel_cases
 from tokenloom.worker.kernels import Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.linear import choose_cut
-from tokenloom.worker.weights import Linear
+from tokenloom.worker.linears import DenseLinear
 
 BF16 = torch.bfloat16
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 8, 128
@@ -74,9 +74,9 @@ class Layers:
     """Some layers whose attention is the queries themselves."""
 
     def __init__(self, num_layers: int, hidden_size: int, intermediate_size: int) -> None:
-        def linear(num_outputs: int, num_inputs: int) -> Linear:
+        def linear(num_outputs: int, num_inputs: int) -> DenseLinear:
             weight = torch.randn(num_outputs, num_inputs, device="cuda") * num_inputs**-0.5
-            return Linear(weight=weight.to(BF16), bias=None)
+            return DenseLinear(weight=weight.to(BF16), bias=None)
 
         num_q, num_all = NUM_HEADS * HEAD_DIM, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
         self.layers = [
@@ -152,8 +152,8 @@ def test_kernels_that_overlap_give_what_they_give_one_by_one(
 
 
 def test_the_library_has_many_rows_large_matrices_and_float32() -> None:
-    def linear(num_outputs: int, num_inputs: int, dtype: torch.dtype = BF16) -> Linear:
-        return Linear(weight=torch.empty(num_outputs, num_inputs, dtype=dtype), bias=None)
+    def linear(num_outputs: int, num_inputs: int, dtype: torch.dtype = BF16) -> DenseLinear:
+        return DenseLinear(weight=torch.empty(num_outputs, num_inputs, dtype=dtype), bias=None)
 
     small, large = linear(4096, 1024), linear(28672, 4096)
     assert choose_cut(1, large) is not None

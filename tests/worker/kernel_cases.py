@@ -14,7 +14,7 @@ from tokenloom.worker.attention import Attention, Pages
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.weights import Linear
+from tokenloom.worker.linears import DenseLinear
 
 EPS = 1e-6
 ATTENTION_ERROR = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 5e-6}
@@ -170,9 +170,9 @@ class LinearCase:
 
     hidden: Tensor
     norm_weight: Tensor
-    wide: Linear
+    wide: DenseLinear
     """[2 * num_outputs, num_inputs]"""
-    narrow: Linear
+    narrow: DenseLinear
     """[num_inputs, num_outputs]"""
 
     def apply(self, operations: Operations) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,10 +198,10 @@ def linear_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng, device=device)
 
-    def linear(num_outputs: int, num_inputs: int) -> Linear:
+    def linear(num_outputs: int, num_inputs: int) -> DenseLinear:
         weight = normal(num_outputs, num_inputs) * num_inputs**-0.5
         own = normal(num_outputs).to(dtype) if bias else None
-        return Linear(weight=weight.to(dtype), bias=own)
+        return DenseLinear(weight=weight.to(dtype), bias=own)
 
     return LinearCase(
         hidden=(3 * normal(num_rows, num_inputs)).to(dtype),

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from tokenloom.worker.linears import DenseLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,38 +25,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
-    """A matrix that rows of activations are multiplied with."""
-
-    weight: Tensor
-    """[num_outputs, num_inputs]"""
-    bias: Tensor | None
-    """[num_outputs]"""
-
-    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
-        if out is None:
-            return functional.linear(rows, self.weight, self.bias)
-        torch.mm(rows, self.weight.T, out=out)
-        return out if self.bias is None else out.add_(self.bias)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerWeights:
     """One decoder layer."""
 
     attention_norm: Tensor
     """[hidden_size]"""
-    qkv: Linear
+    qkv: DenseLinear
     q_norm: Tensor | None
     """[head_dim]"""
     k_norm: Tensor | None
     """[head_dim]"""
-    output: Linear
+    output: DenseLinear
     mlp_norm: Tensor
     """[hidden_size]"""
-    gate_up: Linear
-    down: Linear
+    gate_up: DenseLinear
+    down: DenseLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +51,7 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
     """[hidden_size]"""
-    head: Linear
+    head: DenseLinear
     """Shares its matrix with `embedding` where the checkpoint ties them."""
 
 
@@ -80,8 +64,8 @@ def allocate_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.d
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    def linear(num_outputs: int, num_inputs: int, *, bias: bool) -> Linear:
-        return Linear(
+    def linear(num_outputs: int, num_inputs: int, *, bias: bool) -> DenseLinear:
+        return DenseLinear(
             weight=zeros(num_outputs, num_inputs), bias=zeros(num_outputs) if bias else None
         )
 
@@ -106,7 +90,7 @@ def allocate_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.d
         embedding=embedding,
         layers=layers,
         final_norm=zeros(hidden),
-        head=Linear(weight=head, bias=None),
+        head=DenseLinear(weight=head, bias=None),
     )
 
 
@@ -140,7 +124,7 @@ def _layer_destinations(config: ModelConfig, layer: LayerWeights) -> Iterator[tu
 
 
 def _split(
-    linear: Linear, names: tuple[str, ...], sizes: tuple[int, ...]
+    linear: DenseLinear, names: tuple[str, ...], sizes: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the parts of a merged projection by row ranges."""
     for name, part in zip(names, torch.split(linear.weight, list(sizes)), strict=True):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokenloom.worker.weights import Linear
+    from tokenloom.worker.linears import Linear
 
 
 FAULTY = -1

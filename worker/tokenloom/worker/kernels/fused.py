@@ -17,9 +17,10 @@ from torch import Tensor
 from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residual
 from tokenloom.worker.kernels.linear import choose_cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
+from tokenloom.worker.linears import DenseLinear
 
 if TYPE_CHECKING:
-    from tokenloom.worker.weights import Linear
+    from tokenloom.worker.linears import Linear
 
 _TILE_HEADS = 8
 _TILE_COLUMNS = 1024
@@ -162,33 +163,32 @@ class FusedOperations(Operations):
         out: Tensor | None = None,
     ) -> Tensor:
         """Returns the matrix times the normalized rows, [num_rows, num_outputs]."""
-        cut = choose_cut(len(residual), linear)
-        if cut is None:
-            return super().norm_linear(residual, weight, eps, linear, out)
-        hidden = residual.sum()
-        if out is None:
-            out = hidden.new_empty((len(hidden), len(linear.weight)))
-        return multiply(cut, hidden, linear, out, norm=(weight, eps))
+        if isinstance(linear, DenseLinear) and (cut := choose_cut(len(residual), linear)):
+            hidden = residual.sum()
+            if out is None:
+                out = hidden.new_empty((len(hidden), linear.shape[0]))
+            return multiply(cut, hidden, linear, out, norm=(weight, eps))
+        return super().norm_linear(residual, weight, eps, linear, out)
 
     def norm_gate_up(
         self, residual: Residual, weight: Tensor, eps: float, linear: Linear
     ) -> Tensor:
         """Returns silu(gate) * up of the normalized rows, [num_rows, num_outputs / 2]."""
-        cut = choose_cut(len(residual), linear, gated=True)
-        if cut is None:
-            return super().norm_gate_up(residual, weight, eps, linear)
-        hidden = residual.sum()
-        out = hidden.new_empty((len(hidden), len(linear.weight) // 2))
-        return multiply(cut, hidden, linear, out, norm=(weight, eps), gated=True)
+        if isinstance(linear, DenseLinear) and (
+            cut := choose_cut(len(residual), linear, gated=True)
+        ):
+            hidden = residual.sum()
+            out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
+            return multiply(cut, hidden, linear, out, norm=(weight, eps), gated=True)
+        return super().norm_gate_up(residual, weight, eps, linear)
 
     def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
         """Adds the matrix times [num_rows, num_inputs] rows to the residual."""
-        cut = choose_cut(len(rows), linear)
-        if cut is None:
-            super().add_linear(residual, rows, linear)
-        else:
+        if isinstance(linear, DenseLinear) and (cut := choose_cut(len(rows), linear)):
             hidden = residual.sum()
             multiply(cut, rows, linear, hidden, residual=hidden)
+        else:
+            super().add_linear(residual, rows, linear)
 
 
 @triton.jit(do_not_specialize=["max_tokens", "num_entries"])

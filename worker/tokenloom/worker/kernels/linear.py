@@ -31,7 +31,7 @@ from torch import Tensor
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
 
 if TYPE_CHECKING:
-    from tokenloom.worker.weights import Linear
+    from tokenloom.worker.linears import DenseLinear
 
 _MAX_ROWS = 16
 _MAX_SHARED_BYTES = 16 * 1024**2
@@ -53,7 +53,7 @@ class Cut:
     num_warps: int
 
 
-def choose_cut(num_rows: int, linear: Linear, *, gated: bool = False) -> Cut | None:
+def choose_cut(num_rows: int, linear: DenseLinear, *, gated: bool = False) -> Cut | None:
     """Returns how our kernels multiply so many rows with a matrix; None: the library does.
 
     With `gated`, the matrix is gate and up. Measured on an H200 in bfloat16, microseconds
@@ -98,7 +98,7 @@ def choose_cut(num_rows: int, linear: Linear, *, gated: bool = False) -> Cut | N
 def multiply(
     cut: Cut,
     rows: Tensor,
-    linear: Linear,
+    linear: DenseLinear,
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,

@@ -1,0 +1,110 @@
+"""Matrices that rows of activations are multiplied with, in the forms in which they are kept.
+
+    form      an output's weight for input k                    bytes a weight, Llama-3 8B
+    dense     weight[k]                                          2
+    4 bits    codebook[codes[k]] * absmax[k // block_size]       0.5 + 4 / 64
+    8 bits    codes[k] * scale                                   1
+
+Codes and scales are bitsandbytes' own. Called as they are, 4 and 8 bits are made dense in
+float32, rounded to the rows' type and multiplied: what kernels are tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseLinear:
+    """A matrix in the type of the activations."""
+
+    weight: Tensor
+    """[num_outputs, num_inputs]"""
+    bias: Tensor | None
+    """[num_outputs]"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        num_outputs, num_inputs = self.weight.shape
+        return num_outputs, num_inputs
+
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
+        return _multiply(rows, self.weight, self.bias, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBitLinear:
+    """A matrix of codes for 16 values, scaled by runs of inputs."""
+
+    codes: Tensor
+    """uint8 [num_outputs, num_inputs / 2]; of a byte's two inputs the first is the high nibble"""
+    absmax: Tensor
+    """float32 [num_outputs, num_inputs / block_size]"""
+    codebook: Tensor
+    """float32 [16] from -1 to 1, bitsandbytes' NF4 or FP4"""
+    bias: Tensor | None
+    """[num_outputs] in the type of the activations"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        num_outputs, num_bytes = self.codes.shape
+        return num_outputs, 2 * num_bytes
+
+    @property
+    def block_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.absmax.shape[1]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Returns [num_outputs, num_inputs] values: each product in float32, then rounded."""
+        codes = torch.stack((self.codes >> 4, self.codes & 15), dim=-1)  # [outputs, bytes, 2]
+        blocks = self.codebook[codes.int()].view(*self.absmax.shape, self.block_size)
+        return (blocks * self.absmax[..., None]).view(self.shape).to(dtype)
+
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
+        return _multiply(rows, self.dense(rows.dtype), self.bias, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EightBitLinear:
+    """A matrix of whole numbers from -127 to 127, each output's scaled by one number."""
+
+    codes: Tensor
+    """int8 [num_outputs, num_inputs]"""
+    scales: Tensor
+    """float32 [num_outputs]: bitsandbytes' SCB / 127"""
+    bias: Tensor | None
+    """[num_outputs] in the type of the activations"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        num_outputs, num_inputs = self.codes.shape
+        return num_outputs, num_inputs
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Returns [num_outputs, num_inputs] values: each product in float32, then rounded."""
+        return (self.codes * self.scales[:, None]).to(dtype)
+
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
+        return _multiply(rows, self.dense(rows.dtype), self.bias, out)
+
+
+Linear: TypeAlias = DenseLinear | FourBitLinear | EightBitLinear
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return functional.linear(rows, weight, bias)
+    torch.mm(rows, weight.T, out=out)
+    return out if bias is None else out.add_(bias)
