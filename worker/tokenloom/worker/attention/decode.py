@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.attention.base import Pages, Spans
-from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
+from tokenloom.worker.kernels.overlap import overlaps, wait_for_previous
 
 _LOG2_E = 1.4426950408889634
 _SPAN_STEPS = (16, 128, 1024, 8192)
@@ -194,7 +194,6 @@ def _attend(
     OVERLAPPED: tl.constexpr,
 ) -> None:
     """A program of a KV head. `scale` is to the base 2."""
-    let_next_start(OVERLAPPED)
     kv_head = tl.program_id(0) % KV_HEADS
     program = tl.program_id(0) // KV_HEADS
     spans = tl.arange(0, SPANS)
