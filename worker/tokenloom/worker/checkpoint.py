@@ -55,6 +55,15 @@ def read_config(folder: Path) -> Json:
     return config
 
 
+def stored_tensors_of(folder: Path) -> dict[str, StoredTensor]:
+    """Returns all tensors of a checkpoint by name. Reads headers only. Raises CheckpointError."""
+    return {
+        name: stored
+        for path in _weight_files(folder)
+        for name, stored in stored_tensors(path).items()
+    }
+
+
 def match(folder: Path, destinations: Mapping[str, Tensor]) -> list[tuple[StoredTensor, Tensor]]:
     """Returns what to copy where, in the order of the files. Reads headers only.
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError
@@ -23,6 +22,7 @@ from tokenloom.worker.options import (
     ATTENTION_NAMES,
     CPU_KV_CACHE,
     WorkerOptions,
+    argument,
     default_cpu_threads,
     parse_bytes,
     parse_count,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from tokenloom.worker.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def worker(argv: list[str] | None = None) -> int:
@@ -100,18 +98,6 @@ def _profiled(runner: ModelRunner, args: argparse.Namespace) -> AbstractContextM
     )
 
 
-def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Returns a parser whose ValueError argparse shows as it is, not by the parser's name."""
-
-    def parse_argument(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse_argument
-
-
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there are any."""
 
@@ -151,28 +137,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cpu-threads",
-        type=_argument(partial(parse_count, at_least=1)),
+        type=argument(partial(parse_count, at_least=1)),
         default=default_cpu_threads(),
         metavar="N",
         help="threads that compute on a CPU; half of the CPUs leaves some to the scheduler",
     )
     parser.add_argument(
         "--spin-us",
-        type=_argument(parse_count),
+        type=argument(parse_count),
         metavar="MICROSECONDS",
         help="stay awake between steps shorter than this (default: 1000 with at least 8 CPUs,"
         " else 0)",
     )
     parser.add_argument(
         "--kv-cache-bytes",
-        type=_argument(parse_bytes),
+        type=argument(parse_bytes),
         metavar="SIZE",
         help=f"size of the KV pool, such as 1GiB; without it by fraction on a GPU, {CPU_KV_CACHE}"
         " on a CPU",
     )
     parser.add_argument(
         "--kv-memory-fraction",
-        type=_argument(parse_fraction),
+        type=argument(parse_fraction),
         default=defaults.kv_memory_fraction,
         metavar="FRACTION",
         help="part of the GPU memory free after loading that the KV pool takes",
@@ -194,14 +180,14 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile-steps",
-        type=_argument(partial(parse_count, at_least=1)),
+        type=argument(partial(parse_count, at_least=1)),
         default=32,
         metavar="N",
         help="steps that are traced",
     )
     parser.add_argument(
         "--profile-skip",
-        type=_argument(parse_count),
+        type=argument(parse_count),
         default=0,
         metavar="N",
         help="steps before them",

@@ -20,7 +20,8 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernels import choose_operations
-from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
+from tokenloom.worker.kv import KVPool, pool_bytes
+from tokenloom.worker.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, scratch_bytes
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.rotary import rotary_table
 from tokenloom.worker.weights import allocate_weights, destinations
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
     from tokenloom.worker.options import WorkerOptions
 
 _log = logging.getLogger(__name__)
-
-CUDA_STEP_TOKENS = 8192
-"""Long prompts are computed at the highest rate in steps of this size."""
-CPU_STEP_TOKENS = 2048
-"""A CPU computes longer steps no faster: others only wait longer for their end."""
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -132,7 +128,7 @@ def _pool(
         config,
         num_rows=configure.max_num_requests,
         num_step_tokens=max_step_tokens(configure, device),
-        dtype=dtype,
+        item_bytes=dtype.itemsize,
     )
     num_bytes = pool_bytes(
         device,
