@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +70,12 @@ class KVPool:
             keys=torch.zeros(shape, dtype=dtype, device=device),
             values=torch.zeros(shape, dtype=dtype, device=device),
         )
+
+    def outline(self) -> KVPool:
+        """Returns the pool on torch's meta device: shapes without content."""
+        outlined = copy(self)
+        outlined.pages = Pages(keys=self.pages.keys.to("meta"), values=self.pages.values.to("meta"))
+        return outlined
 
     def clear(self, blocks: torch.Tensor) -> None:
         """Zeroes int64 [num_cleared] blocks in all layers."""

@@ -1,15 +1,15 @@
-"""From a Configure to a model in memory: weights, KV pool, kernels.
+"""From a Configure to a model in memory: weights, KV pool.
 
-                                               ┌ threads: weights copied ──────────────┐
-locate ─▶ config.json, headers ─▶ memory taken ┴ kernels' packages ─▶ KV pool ─▶ what the
-                                                                     caller prepares   ┴▶ there
+                                               ┌ threads: weights copied ─────────────────┐
+locate ─▶ config.json, headers ─▶ memory taken ┴ KV pool ─▶ what the caller prepares: its ┴▶ there
+                                                            kernels, its rows
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +54,11 @@ class LoadedModel:
     pool: KVPool
     weights_bytes: int
 
+    def outline(self) -> LoadedModel:
+        """Returns one layer of each kind on torch's meta device: shapes without content."""
+        decoder = self.decoder.excerpt().outline()
+        return replace(self, decoder=decoder, pool=self.pool.outline())
+
 
 @contextmanager
 def load_model(
@@ -77,7 +82,6 @@ def load_model(
     weights = allocate_weights(config, dtype=dtype, device=device)
     places = destinations(config, weights)
     with Copying(match(folder, places), device) as copying:
-        report("loading kernels", 0.0)
         attention = choose_attention(
             options.attention, head_dim=config.head_dim, dtype=dtype, device=device
         )

@@ -10,8 +10,8 @@ row ranges of them:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tokenloom.worker.config import ModelConfig
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,28 @@ def allocate_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.d
         final_norm=zeros(hidden),
         head=DenseLinear(weight=head, bias=None),
     )
+
+
+def form(weights: object) -> tuple[object, ...]:
+    """Returns what launches depend on: kinds of matrices, types and sizes, not what they hold."""
+    if isinstance(weights, Tensor):
+        return weights.dtype, *weights.shape
+    if is_dataclass(weights):
+        return type(weights), *(form(getattr(weights, each.name)) for each in fields(weights))
+    return (weights,)
+
+
+def outline(weights: T) -> T:
+    """Returns weights, or any part of them, on torch's meta device: without content."""
+    outlined: object = weights
+    if isinstance(weights, Tensor):
+        outlined = weights.to("meta")
+    elif isinstance(weights, tuple):
+        outlined = tuple(map(outline, weights))
+    elif is_dataclass(weights) and not isinstance(weights, type):
+        parts = {each.name: outline(getattr(weights, each.name)) for each in fields(weights)}
+        outlined = replace(weights, **parts)
+    return outlined  # type: ignore[return-value]
 
 
 def destinations(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:

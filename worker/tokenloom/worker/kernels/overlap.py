@@ -27,7 +27,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Returns whether kernels can be launched this way, `launch_pdl=True` to Triton."""
+    """Returns whether kernels can be launched this way, `launch_pdl=True` to Triton.
+
+    The meta device stands for the present CUDA device.
+    """
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
