@@ -10,7 +10,9 @@ device launches nothing.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from tokenloom.worker.slots import Limits
 
 
+_log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel, and for what it is to be compiled."""
@@ -52,15 +57,21 @@ def compiled_ahead(loaded: LoadedModel, limits: Limits, device: torch.device) ->
     """
     capability = torch.cuda.get_device_capability(device)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    start_s = time.perf_counter()
     with recorded_launches(target) as launches:
         launch_all(loaded.outline(), limits)
+    found_s = time.perf_counter()
     with ThreadPoolExecutor(
         os.cpu_count(), "compiling", initializer=torch.cuda.set_device, initargs=(device,)
     ) as threads:
         compiling = [threads.submit(_compile, launch) for launch in launches]
         yield
-        for future in compiling:
-            future.result()
+        _log.info(
+            "%d Triton kernels: found in %.2f s, there after %.2f s",
+            len(launches),
+            found_s - start_s,
+            max((each.result() for each in compiling), default=start_s) - start_s,
+        )
 
 
 def launch_all(outline: LoadedModel, limits: Limits) -> None:
@@ -109,6 +120,8 @@ class _NoDevice:
         return 0
 
 
-def _compile(launch: Launch) -> None:
+def _compile(launch: Launch) -> float:
+    """Returns when it was done, in seconds."""
     compiled = launch.kernel.preload(launch.specialization)
     compiled[1, 1, 1]  # on the device, with its launcher, which is compiled, too; not launched
+    return time.perf_counter()
