@@ -90,6 +90,7 @@ def recorded_launches(target: GPUTarget) -> Iterator[dict[Launch, None]]:
     """Within it kernels are not launched; yields what would have been, each once, in order."""
     launches: dict[Launch, None] = {}
 
+    # Triton calls it by these names.
     def record(*, fn: JitFunctionInfo, compile: dict[str, Any], **_: object) -> bool:  # noqa: A002
         launches[Launch(fn.jit_function, compile["specialization_data"])] = None
         return True  # leave it uncompiled
