@@ -11,15 +11,22 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from tokenloom.worker.errors import CheckpointError
+from tokenloom.worker.filling import Filling
+from tokenloom.worker.quantized import Stored, gathered
 from tokenloom.worker.stored import StoredTensor, stored_tensors
+from tokenloom.worker.weights import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    import torch
 
     from tokenloom.worker.config import Json
+    from tokenloom.worker.filling import Place
+    from tokenloom.worker.formats import Format
 
 _HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 _INDEX_FILE = "model.safetensors.index.json"
@@ -55,47 +62,76 @@ def read_config(folder: Path) -> Json:
     return config
 
 
-def match(folder: Path, destinations: Mapping[str, Tensor]) -> list[tuple[StoredTensor, Tensor]]:
-    """Returns what to copy where, in the order of the files. Reads headers only.
+def read_tensors(folder: Path, *, quantized: bool) -> dict[str, Stored]:
+    """Returns what the weight files hold, by name, in their order. Reads headers and no weights.
+
+    With `quantized`, the tensors of a matrix that bitsandbytes quantized are one.
 
     Raises:
-        CheckpointError: A file is missing or broken; a tensor is missing,
-            unexpected, misshapen or of a type that weights do not have.
+        CheckpointError: A file is missing or broken.
+        UnsupportedModelError: A layout that is not built.
     """
-    matched = []
-    left = dict(destinations)
+    tensors: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
-        for name, stored in sorted(stored_tensors(path).items(), key=_offset):
-            if _is_superfluous(name, destinations):
+        found = stored_tensors(path)
+        tensors.update(sorted(found.items(), key=lambda named: named[1].offset))
+    return gathered(tensors) if quantized else dict(tensors)
+
+
+def match(
+    stored: Mapping[str, Stored],
+    places: Mapping[str, Place],
+    *,
+    formats: Mapping[str, Format],
+    dtype: torch.dtype,
+) -> list[Filling]:
+    """Returns what fills which place, in the order of what is stored.
+
+    Args:
+        stored: All that the checkpoint holds, by name.
+        places: What is expected, by name.
+        formats: By name, the formats that matrices have or are rounded to.
+        dtype: Of the activations.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, misshapen or of a type that weights
+            do not have.
+    """
+    fillings = []
+    for name, tensor in stored.items():
+        if name not in places:
+            if _is_superfluous(name):
                 continue
-            place = left.pop(name, None)
-            if place is None:
-                raise CheckpointError(f"tensor {name} of {path} is not expected")
-            if stored.dtype not in _WEIGHT_TYPES:
-                raise CheckpointError(
-                    f"tensor {name} is of type {stored.dtype}; weights are of one of"
-                    f" {', '.join(_WEIGHT_TYPES)}"
-                )
-            if stored.shape != tuple(place.shape):
-                raise CheckpointError(
-                    f"tensor {name} has shape {stored.shape}; {tuple(place.shape)} is expected"
-                )
-            matched.append((stored, place))
-    if left:
-        names = ", ".join(sorted(left)[:3])
-        raise CheckpointError(f"{len(left)} tensors are missing in {folder}: {names} …")
-    return matched
+            raise CheckpointError(f"tensor {name} is not expected")
+        place = places[name]
+        _check(name, tensor, place)
+        rounded_to = formats.get(name) if isinstance(tensor, StoredTensor) else None
+        fillings.append(Filling(stored=tensor, place=place, dtype=dtype, rounded_to=rounded_to))
+    missing = sorted(places.keys() - stored.keys())
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])} …")
+    return fillings
 
 
-def _offset(named: tuple[str, StoredTensor]) -> int:
-    return named[1].offset
+def _check(name: str, stored: Stored, place: Place) -> None:
+    if tuple(stored.shape) != tuple(place.shape):
+        raise CheckpointError(
+            f"tensor {name} has shape {stored.shape}; {tuple(place.shape)} is expected"
+        )
+    if isinstance(stored, StoredTensor):
+        if stored.dtype not in _WEIGHT_TYPES:
+            raise CheckpointError(
+                f"tensor {name} is of type {stored.dtype}; weights are of one of"
+                f" {', '.join(_WEIGHT_TYPES)}"
+            )
+    elif isinstance(place, Tensor):
+        raise CheckpointError(f"tensor {name} is quantized; only matrices of layers and head are")
 
 
-def _is_superfluous(name: str, destinations: Mapping[str, Tensor]) -> bool:
-    """Returns whether a tensor is one that checkpoints carry without need."""
-    if name == "lm_head.weight":
-        return name not in destinations  # tied: the embedding is the head
-    return name.endswith(".rotary_emb.inv_freq")  # a table that old exports stored
+def _is_superfluous(name: str) -> bool:
+    """Returns whether a tensor that nothing expects is one that checkpoints carry without need."""
+    # The head is not expected where the embedding is it; the other is a table of old exports.
+    return name == HEAD or name.endswith(".rotary_emb.inv_freq")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,0 +1,79 @@
+"""Which matrix is in which format: by the checkpoint, and by what is asked for."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from tokenloom.worker.errors import CheckpointError, LoadError
+from tokenloom.worker.formats import Format, FourBits, format_named
+from tokenloom.worker.quantized import stored_format
+from tokenloom.worker.weights import HEAD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from tokenloom.worker.quantized import Stored
+
+_log = logging.getLogger(__name__)
+
+
+def choose_formats(
+    names: Iterable[str],
+    stored: Mapping[str, Stored],
+    *,
+    own: str | None,
+    quantize: str,
+    quantize_lm_head: bool,
+) -> dict[str, Format]:
+    """Returns the formats of matrices, by name; absent ones are dense.
+
+    What is stored quantized stays so. Of what is stored dense, `quantize` means all matrices but
+    the head, in a checkpoint that has none quantized itself; `quantize_lm_head` adds the head.
+
+    Args:
+        names: Of the matrices that may be quantized.
+        stored: What the checkpoint has, by name.
+        own: What its config.json says that it is quantized to; None: dense.
+        quantize: As `--quantize`.
+        quantize_lm_head: As `--quantize-lm-head`.
+
+    Raises:
+        LoadError: What is asked for contradicts the checkpoint, or itself.
+        CheckpointError: Its tensors contradict its config.json.
+    """
+    wanted = format_named(quantize)
+    if own is not None and wanted is not None and wanted.name != own:
+        raise LoadError(
+            f"the checkpoint is quantized to {own} already; it cannot be served with quantize ="
+            f" {quantize}"
+        )
+    of_head = (wanted or format_named(own or "none")) if quantize_lm_head else None
+    if quantize_lm_head and of_head is None:
+        raise LoadError(
+            "quantize_lm_head is set, but neither quantize nor the checkpoint says to what"
+        )
+    chosen = {}
+    uneven = []
+    for name in names:
+        if name not in stored:
+            continue  # told later, with all that are missing
+        found = stored_format(stored[name])
+        if found is not None:
+            if found.name != own:
+                raise CheckpointError(f"tensor {name} is {found.name}; config.json says {own}")
+            chosen[name] = found
+            continue
+        rounded_to = of_head if name == HEAD else wanted if own is None else None
+        num_inputs = stored[name].shape[-1]
+        if isinstance(rounded_to, FourBits) and num_inputs % rounded_to.block_size:
+            uneven.append(name)
+        elif rounded_to is not None:
+            chosen[name] = rounded_to
+    if uneven:
+        _log.warning(
+            "%d matrices stay dense, as %s: their inputs are no multiple of a block of 4 bits",
+            len(uneven),
+            uneven[0],
+        )
+    return chosen

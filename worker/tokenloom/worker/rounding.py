@@ -1,0 +1,57 @@
+"""Dense values to codes and scales, by bitsandbytes: the one place that imports it.
+
+Its import takes seconds, so it waits until something is to be quantized: a checkpoint that is
+quantized already needs none of it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, assert_never
+
+import torch
+from torch import Tensor
+
+from tokenloom.worker.errors import LoadError
+from tokenloom.worker.formats import EightBits, Format, FourBits
+from tokenloom.worker.linears import EightBitLinear, FourBitLinear, codebook
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def check_can_round() -> None:
+    """Raises LoadError if bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise LoadError("bitsandbytes is not installed; quantizing needs it")
+
+
+def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
+    """Returns [num_outputs, num_inputs] values of 16 or 32 bits, quantized where they are.
+
+    For FourBits the inputs are a multiple of the block size.
+    """
+    num_outputs, num_inputs = values.shape
+    match wanted:
+        case FourBits():
+            codes, absmax = _operations().quantize_4bit.default(
+                values, wanted.block_size, wanted.codebook, torch.uint8
+            )
+            return FourBitLinear(
+                codes=codes.view(num_outputs, num_inputs // 2),
+                absmax=absmax.view(num_outputs, num_inputs // wanted.block_size),
+                codebook=codebook(wanted.codebook, values.device),
+                bias=None,
+            )
+        case EightBits():
+            # Rounded to float16 first, as bitsandbytes' own layer does.
+            codes, stats, _ = _operations().int8_vectorwise_quant.default(values.half(), 0.0)
+            return EightBitLinear(codes=codes, scales=stats / 127, bias=None)
+        case _:
+            assert_never(wanted)
+
+
+def _operations() -> ModuleType:
+    import bitsandbytes  # noqa: F401, PLC0415
+
+    return torch.ops.bitsandbytes
