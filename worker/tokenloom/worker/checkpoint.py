@@ -17,7 +17,7 @@ from tokenloom.worker.errors import CheckpointError
 from tokenloom.worker.filling import Filling
 from tokenloom.worker.quantized import Stored, gathered
 from tokenloom.worker.stored import StoredTensor, stored_tensors
-from tokenloom.worker.weights import HEAD
+from tokenloom.worker.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,10 +62,11 @@ def read_config(folder: Path) -> Json:
     return config
 
 
-def read_tensors(folder: Path, *, quantized: bool) -> dict[str, Stored]:
+def read_tensors(folder: Path, *, quantized: bool, tied: bool) -> dict[str, Stored]:
     """Returns what the weight files hold, by name, in their order. Reads headers and no weights.
 
-    With `quantized`, the tensors of a matrix that bitsandbytes quantized are one.
+    With `quantized`, the tensors of a matrix that bitsandbytes quantized are one. With `tied`,
+    the head is what the embedding is.
 
     Raises:
         CheckpointError: A file is missing or broken.
@@ -75,7 +76,10 @@ def read_tensors(folder: Path, *, quantized: bool) -> dict[str, Stored]:
     for path in _weight_files(folder):
         found = stored_tensors(path)
         tensors.update(sorted(found.items(), key=lambda named: named[1].offset))
-    return gathered(tensors) if quantized else dict(tensors)
+    stored: dict[str, Stored] = gathered(tensors) if quantized else {**tensors}
+    if tied and EMBEDDING in stored:
+        stored[HEAD] = stored[EMBEDDING]
+    return stored
 
 
 def match(

@@ -26,8 +26,6 @@ from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.rotary import rotary_table
 from tokenloom.worker.rounding import check_can_round
 from tokenloom.worker.weights import (
-    EMBEDDING,
-    HEAD,
     allocate_weights,
     destinations,
     matrix_names,
@@ -157,9 +155,9 @@ def _take_memory(
     device: torch.device,
 ) -> tuple[Weights, list[Filling]]:
     """Returns zeros for the weights, and what fills them."""
-    stored = read_tensors(folder, quantized=config.quantized_to is not None)
-    if config.tied_embeddings and EMBEDDING in stored:
-        stored[HEAD] = stored[EMBEDDING]
+    stored = read_tensors(
+        folder, quantized=config.quantized_to is not None, tied=config.tied_embeddings
+    )
     formats = choose_formats(
         matrix_names(config),
         stored,

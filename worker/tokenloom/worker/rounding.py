@@ -52,6 +52,7 @@ def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
 
 
 def _operations() -> ModuleType:
+    # It registers the operations; its import takes seconds.
     import bitsandbytes  # noqa: F401, PLC0415
 
     return torch.ops.bitsandbytes
