@@ -24,7 +24,7 @@ from tests.worker.checkpoints import (
 from tests.worker.driver import Driver, configuration
 from tokenloom.wire.messages import Configure, Ready
 from tokenloom.worker import copying
-from tokenloom.worker.checkpoint import match, read_config, read_tensors
+from tokenloom.worker.checkpoint import interpret, match, read_config, read_tensors
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import CheckpointError, LoadError, UnsupportedModelError
@@ -58,9 +58,7 @@ def load_weights(
 ) -> Weights:
     """Returns the weights as a GPU keeps them."""
     config = ModelConfig.parse(read_config(folder))
-    stored = read_tensors(
-        folder, quantized=config.quantized_to is not None, tied=config.tied_embeddings
-    )
+    stored = interpret(read_tensors(folder), config)
     formats = choose_formats(
         matrix_names(config),
         stored,

@@ -20,22 +20,25 @@ from tokenloom.worker.stored import StoredTensor, stored_tensors
 from tokenloom.worker.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
-    from tokenloom.worker.config import Json
+    from tokenloom.worker.config import Json, ModelConfig
     from tokenloom.worker.filling import Place
     from tokenloom.worker.formats import Format
 
-_HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-_INDEX_FILE = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_HUB_FILES = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 
 
-def locate(model: str) -> Path:
+def locate(model: str, also: Iterable[str] = ()) -> Path:
     """Returns the folder of a checkpoint; a Hub id is downloaded into the Hub's cache.
+
+    `also` are patterns of files that are wanted beside config and weights.
 
     Raises:
         CheckpointError: There is no such folder, and no such repository can be had.
@@ -47,7 +50,7 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=[*_HUB_FILES, *also]))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{model} is no folder here and cannot be had from the Hub: {error}"
@@ -56,28 +59,36 @@ def locate(model: str) -> Path:
 
 def read_config(folder: Path) -> Json:
     """Returns the content of config.json. Raises CheckpointError."""
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} holds no JSON object")
+        raise CheckpointError(f"{folder / CONFIG_FILE} holds no JSON object")
     return config
 
 
-def read_tensors(folder: Path, *, quantized: bool, tied: bool) -> dict[str, Stored]:
-    """Returns what the weight files hold, by name, in their order. Reads headers and no weights.
-
-    With `quantized`, the tensors of a matrix that bitsandbytes quantized are one. With `tied`,
-    the head is what the embedding is.
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Returns what the weight files hold, by name, in their order. Reads headers only.
 
     Raises:
         CheckpointError: A file is missing or broken.
-        UnsupportedModelError: A layout that is not built.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
         found = stored_tensors(path)
         tensors.update(sorted(found.items(), key=lambda named: named[1].offset))
-    stored: dict[str, Stored] = gathered(tensors) if quantized else {**tensors}
-    if tied and EMBEDDING in stored:
+    return tensors
+
+
+def interpret(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, Stored]:
+    """Returns the tensors as the decoder has them, by name.
+
+    Those of a matrix that bitsandbytes quantized are one, and a tied head is what the embedding is.
+
+    Raises:
+        CheckpointError: What belongs together does not fit.
+        UnsupportedModelError: A layout that is not built.
+    """
+    stored: dict[str, Stored] = {**tensors} if config.quantized_to is None else gathered(tensors)
+    if config.tied_embeddings and EMBEDDING in stored:
         stored[HEAD] = stored[EMBEDDING]
     return stored
 
@@ -139,7 +150,7 @@ def _is_superfluous(name: str) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX_FILE
+    index = folder / INDEX_FILE
     if index.exists():
         content = _read_json(index)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -147,7 +158,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
     else:
-        names = [_SINGLE_FILE]
+        names = [SINGLE_FILE]
     for name in names:
         # An index comes with the checkpoint; it must not lead out of its folder.
         if Path(name).name != name or not (folder / name).exists():

@@ -1,7 +1,7 @@
-"""The `worker` command: one process, one device.
+"""The commands `worker`, one process for one device, and `quantize`.
 
-What to load comes from the core with Configure; the options say what belongs to
-this machine. torch is imported after they are parsed, so that --help is quick.
+What a worker loads comes from the core with Configure; its options say what belongs
+to this machine. torch is imported after they are parsed, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -71,6 +71,36 @@ def worker(argv: list[str] | None = None) -> int:
             phases=phases,
             spin_us=args.spin_us,
         )
+
+
+def quantize(argv: list[str] | None = None) -> int:
+    """Writes a quantized copy of a checkpoint; returns its exit code.
+
+    0 when it is written, 2 if it cannot be or an option is wrong.
+    """
+    args = _quantize_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    # After the options are parsed, as torch takes seconds to import.
+    from tokenloom.worker.loading import find_device
+    from tokenloom.worker.saving import QuantizeOptions, save_quantized
+
+    options = QuantizeOptions(to=args.to, lm_head=args.lm_head, nested=args.nested)
+    try:
+        saved = save_quantized(args.model, args.out, options, find_device(args.device), _show)
+    except LoadError as error:
+        sys.stderr.write(f"tokenloom: {error}\n")
+        return EXIT_LOAD_FAILED
+    print(
+        f"{args.out}: {saved.num_quantized} matrices in {args.to}, weights"
+        f" {saved.num_bytes / 2**30:.2f} GiB of {saved.num_read_bytes / 2**30:.2f} GiB"
+    )
+    return 0
+
+
+def _show(fraction: float) -> None:
+    """Shows how far the work is where someone looks."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{fraction:4.0%}" + ("\n" if fraction == 1 else ""))
 
 
 def _runner(options: WorkerOptions, phases: Phases, cpu_threads: int) -> ModelRunner:
@@ -185,6 +215,30 @@ def _parser() -> argparse.ArgumentParser:
         " has none (default: tokenloom/kernels in the user's cache folder)",
     )
     _add_profile_options(parser)
+    return parser
+
+
+def _quantize_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tokenloom quantize",
+        description="Writes a quantized copy of a checkpoint, in bitsandbytes' own form, which"
+        " transformers loads, too.",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("--to", required=True, choices=("nf4", "fp4", "int8"), help="format")
+    parser.add_argument("--lm-head", action="store_true", help="quantize the head, too")
+    parser.add_argument(
+        "--nested",
+        action="store_true",
+        help="keep the scales of 4 bits in 8 bits: files 8 %% smaller, but no less memory",
+    )
+    parser.add_argument(
+        "--device",
+        default=WorkerOptions().device,
+        help="where to compute: cpu, cuda or cuda:N; auto is the first GPU, without one the CPU",
+    )
     return parser
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 STAGE_BYTES = 16 * 1024 * 1024
 MAX_THREADS = 8
 _REPORT_S = 0.1
-_DTYPES = {
+TORCH_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -157,7 +157,7 @@ def _staged(piece: Piece, stage: Tensor, files: _Files) -> Iterator[Tensor]:
     for source in piece.sources:
         buffer = stage[offset : offset + source.num_bytes]
         _read(files.descriptor(source.path), buffer, source)
-        yield buffer.view(_DTYPES[source.dtype]).view(source.shape)
+        yield buffer.view(TORCH_TYPES[source.dtype]).view(source.shape)
         offset += source.num_bytes + -source.num_bytes % _ALIGNMENT
 
 

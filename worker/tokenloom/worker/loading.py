@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenloom.worker.attention import choose_attention
-from tokenloom.worker.checkpoint import locate, match, read_config, read_tensors
+from tokenloom.worker.checkpoint import (
+    interpret,
+    locate,
+    match,
+    read_config,
+    read_tensors,
+)
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
@@ -155,9 +161,7 @@ def _take_memory(
     device: torch.device,
 ) -> tuple[Weights, list[Filling]]:
     """Returns zeros for the weights, and what fills them."""
-    stored = read_tensors(
-        folder, quantized=config.quantized_to is not None, tied=config.tied_embeddings
-    )
+    stored = interpret(read_tensors(folder), config)
     formats = choose_formats(
         matrix_names(config),
         stored,

@@ -51,8 +51,39 @@ def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
             assert_never(wanted)
 
 
+def stored_form(name: str, values: Tensor, wanted: Format, *, nested: bool) -> dict[str, Tensor]:
+    """Returns the tensors, by name, as which bitsandbytes stores a matrix that it quantizes.
+
+    Args:
+        name: Of the weight.
+        values: [num_outputs, num_inputs] of 16 or 32 bits.
+        wanted: The format.
+        nested: Whether scales of 4 bits are kept in 8 bits.
+    """
+    match wanted:
+        case FourBits():
+            # Late, as its import takes seconds.
+            from bitsandbytes.functional import quantize_4bit  # noqa: PLC0415
+
+            codes, state = quantize_4bit(
+                values,
+                blocksize=wanted.block_size,
+                quant_type=wanted.codebook,
+                compress_statistics=nested,
+            )
+            companions = state.as_dict(packed=True)
+            return {name: codes} | {f"{name}.{key}": each for key, each in companions.items()}
+        case EightBits():
+            codes, stats, _ = _operations().int8_vectorwise_quant.default(values.half(), 0.0)
+            module = name.removesuffix(".weight")
+            row_after_row = torch.tensor(0, dtype=torch.uint8)
+            return {name: codes, f"{module}.SCB": stats, f"{module}.weight_format": row_after_row}
+        case _:
+            assert_never(wanted)
+
+
 def _operations() -> ModuleType:
-    # It registers the operations; its import takes seconds.
+    # It registers them; late, as its import takes seconds.
     import bitsandbytes  # noqa: F401, PLC0415
 
     return torch.ops.bitsandbytes
