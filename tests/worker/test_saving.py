@@ -47,7 +47,8 @@ def complete(folder: Path, quantize: str = "none") -> list[int]:
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
 @pytest.mark.parametrize(
-    ("to", "nested"), [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]
+    ("to", "nested"),
+    [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)],
 )
 def test_transformers_loads_what_was_written(
     tmp_path: Path, name: str, to: str, nested: bool
