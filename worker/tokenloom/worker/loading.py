@@ -30,7 +30,7 @@ from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.rotary import rotary_table
-from tokenloom.worker.rounding import check_can_round
+from tokenloom.worker.rounding import load_bitsandbytes
 from tokenloom.worker.weights import (
     allocate_weights,
     destinations,
@@ -175,7 +175,7 @@ def _take_memory(
     weights = allocate_weights(config, formats=kept, dtype=dtype, device=device)
     fillings = match(stored, destinations(config, weights), formats=formats, dtype=dtype)
     if any(filling.rounded_to is not None for filling in fillings):
-        check_can_round()
+        load_bitsandbytes()
     return weights, fillings
 
 

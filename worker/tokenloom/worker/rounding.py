@@ -1,13 +1,13 @@
 """Dense values to codes and scales, by bitsandbytes: the one place that imports it.
 
-Its import takes seconds, so it waits until something is to be quantized: a checkpoint that is
-quantized already needs none of it.
+It is imported when something is to be quantized: a checkpoint that is quantized needs none of it.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -16,14 +16,25 @@ from tokenloom.worker.errors import LoadError
 from tokenloom.worker.formats import EightBits, Format, FourBits
 from tokenloom.worker.linears import EightBitLinear, FourBitLinear, codebook
 
-if TYPE_CHECKING:
-    from types import ModuleType
 
+def load_bitsandbytes() -> None:
+    """Makes the functions below work; to be called where no other thread imports anything.
 
-def check_can_round() -> None:
-    """Raises LoadError if bitsandbytes is not installed."""
+    Raises:
+        LoadError: It is not installed.
+    """
     if find_spec("bitsandbytes") is None:
         raise LoadError("bitsandbytes is not installed; quantizing needs it")
+    # Of a faster matmul on CPUs, which is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # What it wraps while it is imported are twins of its kernels; to prepare their compiling
+    # takes seconds, to import the rest tenths of one.
+    compile_function = torch.compile
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401, PLC0415 - it registers torch.ops.bitsandbytes
+    finally:
+        torch.compile = compile_function
 
 
 def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
@@ -34,7 +45,7 @@ def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
     num_outputs, num_inputs = values.shape
     match wanted:
         case FourBits():
-            codes, absmax = _operations().quantize_4bit.default(
+            codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
                 values, wanted.block_size, wanted.codebook, torch.uint8
             )
             return FourBitLinear(
@@ -45,7 +56,9 @@ def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
             )
         case EightBits():
             # Rounded to float16 first, as bitsandbytes' own layer does.
-            codes, stats, _ = _operations().int8_vectorwise_quant.default(values.half(), 0.0)
+            codes, stats, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(
+                values.half(), 0.0
+            )
             return EightBitLinear(codes=codes, scales=stats / 127, bias=None)
         case _:
             assert_never(wanted)
@@ -62,7 +75,7 @@ def stored_form(name: str, values: Tensor, wanted: Format, *, nested: bool) -> d
     """
     match wanted:
         case FourBits():
-            # Late, as its import takes seconds.
+            # Not before `load_bitsandbytes`.
             from bitsandbytes.functional import quantize_4bit  # noqa: PLC0415
 
             codes, state = quantize_4bit(
@@ -74,16 +87,11 @@ def stored_form(name: str, values: Tensor, wanted: Format, *, nested: bool) -> d
             companions = state.as_dict(packed=True)
             return {name: codes} | {f"{name}.{key}": each for key, each in companions.items()}
         case EightBits():
-            codes, stats, _ = _operations().int8_vectorwise_quant.default(values.half(), 0.0)
+            codes, stats, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(
+                values.half(), 0.0
+            )
             module = name.removesuffix(".weight")
             row_after_row = torch.tensor(0, dtype=torch.uint8)
             return {name: codes, f"{module}.SCB": stats, f"{module}.weight_format": row_after_row}
         case _:
             assert_never(wanted)
-
-
-def _operations() -> ModuleType:
-    # It registers them; late, as its import takes seconds.
-    import bitsandbytes  # noqa: F401, PLC0415
-
-    return torch.ops.bitsandbytes

@@ -32,7 +32,7 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import TORCH_TYPES
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.precision import choose_formats
-from tokenloom.worker.rounding import check_can_round, stored_form
+from tokenloom.worker.rounding import load_bitsandbytes, stored_form
 from tokenloom.worker.weights import matrix_names
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def save_quantized(
     Raises:
         LoadError: It cannot be read, is not dense, or cannot be written.
     """
-    check_can_round()
+    load_bitsandbytes()
     if options.nested and options.to == "int8":
         raise LoadError("nested is about the scales of 4 bits; int8 has one a row")
     folder = locate(model, _COPIED)
