@@ -103,7 +103,7 @@ def assert_same(found: Linear, expected: Linear) -> None:
     assert type(found) is type(expected)
     for field in vars(expected):
         if field != "bias":
-            assert torch.equal(getattr(found, field), getattr(expected, field)), field
+            assert torch.equal(getattr(found, field).cpu(), getattr(expected, field).cpu()), field
 
 
 def test_codebooks_are_those_of_bitsandbytes() -> None:
