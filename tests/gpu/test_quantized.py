@@ -75,7 +75,7 @@ def test_loading_takes_little_beside_the_weights(tmp_path: Path, quantize: str) 
     [
         QuantizeOptions(to="nf4"),
         QuantizeOptions(to="nf4", nested=True),
-        QuantizeOptions(to="fp4", lm_head=True),
+        QuantizeOptions(to="fp4"),
     ],
     ids=repr,
 )
