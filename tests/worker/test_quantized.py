@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,23 @@ def first_qkv(runner: ModelRunner) -> DenseLinear:
     qkv = runner._loaded.decoder._weights.layers[0].qkv
     assert isinstance(qkv, DenseLinear)
     return qkv
+
+
+def test_what_is_kept_dense_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_checkpoint(tmp_path, "llama")
+    with caplog.at_level(logging.INFO):
+        load(configuration(str(tmp_path), quantize="nf4"))
+    # The layers' down projections have 96 inputs.
+    assert "3 matrices are kept dense, as model.layers.0.mlp.down_proj.weight" in caplog.text
+    assert "on a CPU 18 quantized matrices are kept dense" in caplog.text
+
+
+def test_a_scalar_for_a_matrix_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors") | {f"{QKV[0]}.weight": torch.ones(())}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has shape \(\); \(64, 64\) is expected"):
+        load(configuration(str(tmp_path), quantize="nf4"))
 
 
 def test_another_format_is_loaded_anew(tmp_path: Path) -> None:

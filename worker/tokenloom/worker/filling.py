@@ -34,6 +34,9 @@ from tokenloom.worker.quantized import Stored, StoredEightBit, StoredFourBit
 from tokenloom.worker.rounding import quantized
 from tokenloom.worker.stored import StoredTensor
 
+_WIDENED = 16
+"""Bytes that a byte of two codes takes while it is made dense, about."""
+
 Place: TypeAlias = Tensor | Linear
 """Memory that a stored tensor goes to; a matrix may be quantized."""
 
@@ -76,6 +79,8 @@ class Filling:
             assert isinstance(stored, StoredTensor)
             stored = stored.viewed(stored.dtype, place.numel(), 1)
             place = DenseLinear(weight=place.view(-1, 1), bias=None)
+        if isinstance(stored, StoredFourBit) and isinstance(place, DenseLinear):
+            max_bytes //= _WIDENED
         for first, last in _row_ranges(stored, max_bytes):
             sources: tuple[StoredTensor, ...]
             read: Callable[..., Linear]

@@ -172,6 +172,8 @@ def _take_memory(
     # A CPU that has codes to look up computes a token ten times as slowly: there they are made
     # dense as they are loaded. The numbers are those of the format, the memory is not.
     kept = formats if device.type == "cuda" else {}
+    if formats and not kept:
+        _log.info("on a CPU %d quantized matrices are kept dense", len(formats))
     weights = allocate_weights(config, formats=kept, dtype=dtype, device=device)
     fillings = match(stored, destinations(config, weights), formats=formats, dtype=dtype)
     if any(filling.rounded_to is not None for filling in fillings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from tokenloom.worker.errors import CheckpointError, LoadError
@@ -59,21 +60,25 @@ def choose_formats(
         if name not in stored:
             continue  # told later, with all that are missing
         found = stored_format(stored[name])
-        if found is not None:
-            if found.name != own:
-                raise CheckpointError(f"tensor {name} is {found.name}; config.json says {own}")
-            chosen[name] = found
-            continue
+        if found is not None and found.name != own:
+            raise CheckpointError(f"tensor {name} is {found.name}; config.json says {own}")
         rounded_to = of_head if name == HEAD else wanted if own is None else None
-        num_inputs = stored[name].shape[-1]
-        if isinstance(rounded_to, FourBits) and num_inputs % rounded_to.block_size:
+        even = _is_even(stored[name].shape, found or rounded_to)
+        if not even:
             uneven.append(name)
-        elif rounded_to is not None:
+        if found is not None:
+            chosen[name] = found
+        elif rounded_to is not None and even:
             chosen[name] = rounded_to
     if uneven:
         _log.warning(
-            "%d matrices stay dense, as %s: their inputs are no multiple of a block of 4 bits",
+            "%d matrices are kept dense, as %s: their inputs are no multiple of a block of 4 bits",
             len(uneven),
             uneven[0],
         )
     return chosen
+
+
+def _is_even(shape: tuple[int, ...], wanted: Format | None) -> bool:
+    """Returns whether each row of a matrix is whole blocks."""
+    return not isinstance(wanted, FourBits) or math.prod(shape[1:]) % wanted.block_size == 0
