@@ -49,6 +49,7 @@ def test_walk_imports_every_module() -> None:
         ("tokenloom.client.cli", "torch tokenloom.scheduler tokenloom.worker"),
         ("tokenloom.scheduler.cli", "torch grpc zmq numpy tokenizers"),
         ("tokenloom.worker.cli", "torch grpc safetensors"),
+        ("tokenloom.worker.plan", "torch grpc zmq numpy safetensors huggingface_hub"),
     ],
 )
 def test_import_leaves_out_what_the_dependency_table_forbids(importer: str, forbidden: str) -> None:

@@ -15,7 +15,7 @@ from tests.worker.test_quantized import QKV, assert_same, load_weights, whole
 from tokenloom.worker.loading import LoadedModel, load_model
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
-from tokenloom.worker.saving import QuantizeOptions, save_quantized
+from tokenloom.worker.saving.writing import QuantizeOptions, save_quantized
 
 CUDA = torch.device("cuda", 0)
 KV_BYTES = 32 * 1024 * 1024

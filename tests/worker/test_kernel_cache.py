@@ -103,3 +103,22 @@ def test_bytecode_that_was_installed_is_used_where_it_is(tmp_path: Path) -> None
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(site)], check=True)
     _import_torch(site, folder)
     assert _kept_bytecode(folder) == []
+
+
+def test_a_packages_bytecode_is_compiled_beside_its_import(tmp_path: Path) -> None:
+    site, folder = tmp_path / "site", tmp_path / "kernels"
+    (site / "torch" / "nn").mkdir(parents=True)
+    for name in ("__init__", "later", "nn/__init__", "nn/deep"):
+        (site / "torch" / f"{name}.py").touch()
+    (site / "torch" / "broken.py").write_text("for")
+    (site / "other.py").touch()
+    code = (
+        "from pathlib import Path; from tokenloom.worker.bytecode import compile_packages;"
+        f" compile_packages(Path({str(folder)!r}), 2)"
+    )
+    # -S: only what this test has put there is a package.
+    variables = environment()
+    variables["PYTHONPATH"] = os.pathsep.join([str(site), variables["PYTHONPATH"]])
+    subprocess.run([sys.executable, "-S", "-c", code], env=variables, check=True)
+    assert sorted(_kept_bytecode(folder)) == ["__init__", "__init__", "deep", "later"]
+    assert not list(site.rglob("*.pyc"))

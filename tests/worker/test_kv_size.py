@@ -11,7 +11,8 @@ import torch
 from tests.worker.checkpoints import make_checkpoint
 from tests.worker.driver import configuration
 from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.kv import pool_bytes, scratch_bytes
+from tokenloom.worker.kv import pool_bytes
+from tokenloom.worker.memory import scratch_bytes
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.warmup import warm_up_steps
@@ -32,9 +33,7 @@ CONFIG = ModelConfig.parse(
 
 
 def scratch(num_rows: int, num_step_tokens: int) -> int:
-    return scratch_bytes(
-        CONFIG, num_rows=num_rows, num_step_tokens=num_step_tokens, dtype=torch.bfloat16
-    )
+    return scratch_bytes(CONFIG, num_rows=num_rows, num_step_tokens=num_step_tokens, item_bytes=2)
 
 
 def test_scratch_covers_the_logits_of_every_row_many_times() -> None:

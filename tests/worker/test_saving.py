@@ -20,12 +20,12 @@ from tests.worker.checkpoints import (
     skipped,
 )
 from tests.worker.driver import Driver, configuration
-from tokenloom.worker import saving
-from tokenloom.worker.cli import quantize
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
-from tokenloom.worker.saving import QuantizeOptions, Saved, save_quantized
+from tokenloom.worker.saving import writing
+from tokenloom.worker.saving.cli import quantize
+from tokenloom.worker.saving.writing import QuantizeOptions, Saved, save_quantized
 
 CPU = torch.device("cpu")
 PROMPT = [5, 3, 80, 41, 7]
@@ -107,7 +107,7 @@ def test_the_head_is_quantized_when_that_is_asked_for(tmp_path: Path) -> None:
 def test_large_checkpoints_are_several_files_with_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 30_000)
     make_checkpoint(tmp_path / "dense", "llama", max_shard_size="100KB")
     saved = save(tmp_path / "dense", tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))

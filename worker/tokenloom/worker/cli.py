@@ -1,7 +1,7 @@
-"""The commands `worker`, one process for one device, and `quantize`.
+"""The `worker` command: one process, one device.
 
-What a worker loads comes from the core with Configure; its options say what belongs
-to this machine. torch is imported after they are parsed, so that --help is quick.
+What to load comes from the core with Configure; the options say what belongs to
+this machine. torch is imported after they are parsed, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError
@@ -23,6 +22,7 @@ from tokenloom.worker.options import (
     ATTENTION_NAMES,
     CPU_KV_CACHE,
     WorkerOptions,
+    argument,
     default_cpu_threads,
     parse_bytes,
     parse_count,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from tokenloom.worker.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def worker(argv: list[str] | None = None) -> int:
@@ -73,36 +71,6 @@ def worker(argv: list[str] | None = None) -> int:
         )
 
 
-def quantize(argv: list[str] | None = None) -> int:
-    """Writes a quantized copy of a checkpoint; returns its exit code.
-
-    0 when it is written, 2 if it cannot be or an option is wrong.
-    """
-    args = _quantize_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    # After the options are parsed, as torch takes seconds to import.
-    from tokenloom.worker.loading import find_device
-    from tokenloom.worker.saving import QuantizeOptions, save_quantized
-
-    options = QuantizeOptions(to=args.to, lm_head=args.lm_head, nested=args.nested)
-    try:
-        saved = save_quantized(args.model, args.out, options, find_device(args.device), _show)
-    except LoadError as error:
-        sys.stderr.write(f"tokenloom: {error}\n")
-        return EXIT_LOAD_FAILED
-    print(
-        f"{args.out}: {saved.num_quantized} matrices in {args.to}, weights"
-        f" {saved.num_bytes / 2**30:.2f} GiB of {saved.num_read_bytes / 2**30:.2f} GiB"
-    )
-    return 0
-
-
-def _show(fraction: float) -> None:
-    """Shows how far the work is where someone looks."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{fraction:4.0%}" + ("\n" if fraction == 1 else ""))
-
-
 def _runner(options: WorkerOptions, phases: Phases, cpu_threads: int) -> ModelRunner:
     """Returns a runner that has its device. Raises LoadError."""
     # torch takes seconds to import, which --help must not cost.
@@ -128,18 +96,6 @@ def _profiled(runner: ModelRunner, args: argparse.Namespace) -> AbstractContextM
         num_skipped=args.profile_skip,
         device=runner.device,
     )
-
-
-def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Returns a parser whose ValueError argparse shows as it is, not by the parser's name."""
-
-    def parse_argument(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse_argument
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -181,28 +137,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cpu-threads",
-        type=_argument(partial(parse_count, at_least=1)),
+        type=argument(partial(parse_count, at_least=1)),
         default=default_cpu_threads(),
         metavar="N",
         help="threads that compute on a CPU; half of the CPUs leaves some to the scheduler",
     )
     parser.add_argument(
         "--spin-us",
-        type=_argument(parse_count),
+        type=argument(parse_count),
         metavar="MICROSECONDS",
         help="stay awake between steps shorter than this (default: 1000 with at least 8 CPUs,"
         " else 0)",
     )
     parser.add_argument(
         "--kv-cache-bytes",
-        type=_argument(parse_bytes),
+        type=argument(parse_bytes),
         metavar="SIZE",
         help=f"size of the KV pool, such as 1GiB; without it by fraction on a GPU, {CPU_KV_CACHE}"
         " on a CPU",
     )
     parser.add_argument(
         "--kv-memory-fraction",
-        type=_argument(parse_fraction),
+        type=argument(parse_fraction),
         default=defaults.kv_memory_fraction,
         metavar="FRACTION",
         help="part of the GPU memory free after loading that the KV pool takes",
@@ -218,44 +174,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quantize_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tokenloom quantize",
-        description="Writes a quantized copy of a checkpoint, in bitsandbytes' own form, which"
-        " transformers loads, too.",
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
-    parser.add_argument("--to", required=True, choices=("nf4", "fp4", "int8"), help="format")
-    parser.add_argument("--lm-head", action="store_true", help="quantize the head, too")
-    parser.add_argument(
-        "--nested",
-        action="store_true",
-        help="keep the scales of 4 bits in 8 bits: files 8 %% smaller, but no less memory",
-    )
-    parser.add_argument(
-        "--device",
-        default=WorkerOptions().device,
-        help="where to compute: cpu, cuda or cuda:N; auto is the first GPU, without one the CPU",
-    )
-    return parser
-
-
 def _add_profile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="folder for a trace of serving steps"
     )
     parser.add_argument(
         "--profile-steps",
-        type=_argument(partial(parse_count, at_least=1)),
+        type=argument(partial(parse_count, at_least=1)),
         default=32,
         metavar="N",
         help="steps that are traced",
     )
     parser.add_argument(
         "--profile-skip",
-        type=_argument(parse_count),
+        type=argument(parse_count),
         default=0,
         metavar="N",
         help="steps before them",

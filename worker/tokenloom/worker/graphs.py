@@ -40,10 +40,11 @@ class StepGraphs:
         gc.collect()
         # The largest first: the others then fit in the memory that it left in the pool.
         shapes = self._steps.shapes
+        for shape in shapes:
+            self._steps.rehearse(shape)
+        torch.cuda.synchronize(self._device)
         for index, shape in enumerate(shapes):
             self._steps.clear(shape)
-            self._steps.compute(shape)  # kernels are compiled and libraries set up before
-            torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream), _garbage_kept():
                 # What other threads do, who copy weights meanwhile, is no concern of it.

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+from tokenloom.worker.bytecode import keep_bytecode
 from tokenloom.worker.errors import LoadError
 
 _log = logging.getLogger(__name__)
@@ -46,23 +45,7 @@ def keep_kernels(folder: Path | None) -> None:
     os.environ.setdefault(_TRITON_FOLDER, str(chosen / "triton"))
     os.environ.setdefault(_FLASH_FOLDER, str(chosen / "flash"))
     os.environ.setdefault(_FLASH_ENABLED, "1")
-    _keep_bytecode(chosen / "bytecode")
-
-
-def _keep_bytecode(folder: Path) -> None:
-    """Has Python keep the bytecode of what is imported from now on, if torch comes without.
-
-    Some installers and images leave it out, and imports cannot write it to a folder of
-    another user or with PYTHONDONTWRITEBYTECODE. Torch and flash-attn-4 import 2,400
-    modules, which takes three times as long if each is compiled again.
-    """
-    if sys.pycache_prefix is not None:
-        return
-    torch = find_spec("torch")
-    if torch is None or torch.cached is None or Path(torch.cached).exists():
-        return
-    sys.pycache_prefix = str(folder)
-    sys.dont_write_bytecode = False  # it says to leave the installation as it is, which holds
+    keep_bytecode(chosen / "bytecode")
 
 
 def _default_folder() -> Path:

@@ -1,42 +1,19 @@
-"""The KV pool: how large it is, and its memory."""
+"""The KV pool and its memory, out of what the weights leave of a device."""
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
 
 from tokenloom.worker.attention import Pages
 from tokenloom.worker.errors import PoolError
+from tokenloom.worker.memory import MIN_BLOCKS, block_bytes, pool_share
 from tokenloom.worker.options import CPU_KV_CACHE, parse_bytes
 
 if TYPE_CHECKING:
     from tokenloom.worker.config import ModelConfig
-
-
-SAMPLING_COPIES = 9
-"""Of the logits in float32: 7.3 were measured on a GPU, with all edits and logprobs for every
-row."""
-
-
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Returns the bytes that one block takes in all layers, keys and values together."""
-    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return position * block_size * dtype.itemsize
-
-
-def scratch_bytes(
-    config: ModelConfig, *, num_rows: int, num_step_tokens: int, dtype: torch.dtype
-) -> int:
-    """Returns the bytes that the largest step needs beside weights and pool, generously.
-
-    `num_rows` requests that sample with every restriction, `num_step_tokens`
-    tokens under way in a layer.
-    """
-    sampling = SAMPLING_COPIES * num_rows * config.vocab_size * torch.float32.itemsize
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    widths = 4 * config.intermediate_size + 3 * heads + 8 * config.hidden_size
-    return sampling + num_step_tokens * widths * dtype.itemsize
 
 
 def pool_bytes(
@@ -53,7 +30,7 @@ def pool_bytes(
         return parse_bytes(CPU_KV_CACHE)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return max(0, int((free - scratch) * memory_fraction))
+    return pool_share(free, scratch=scratch, memory_fraction=memory_fraction)
 
 
 class KVPool:
@@ -73,13 +50,13 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocates the blocks that fit in `num_bytes`, and the spare. Raises PoolError below 2."""
-        one = block_bytes(config, block_size, dtype)
+        """Allocates the blocks that fit in `num_bytes`, and the spare. Raises PoolError."""
+        one = block_bytes(config, block_size, dtype.itemsize)
         self.num_blocks = num_bytes // one
-        if self.num_blocks < 2:
+        if self.num_blocks < MIN_BLOCKS:
             raise PoolError(
-                f"the KV pool has {num_bytes} bytes; 2 blocks of {block_size} positions take"
-                f" {2 * one}"
+                f"the KV pool has {num_bytes} bytes; {MIN_BLOCKS} blocks of {block_size} positions"
+                f" take {MIN_BLOCKS * one}"
             )
         self.num_bytes = self.num_blocks * one
         shape = (
@@ -93,6 +70,12 @@ class KVPool:
             keys=torch.zeros(shape, dtype=dtype, device=device),
             values=torch.zeros(shape, dtype=dtype, device=device),
         )
+
+    def outline(self) -> KVPool:
+        """Returns the pool on torch's meta device: shapes without content."""
+        outlined = copy(self)
+        outlined.pages = Pages(keys=self.pages.keys.to("meta"), values=self.pages.values.to("meta"))
+        return outlined
 
     def clear(self, blocks: torch.Tensor) -> None:
         """Zeroes int64 [num_cleared] blocks in all layers."""

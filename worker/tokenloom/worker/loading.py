@@ -1,15 +1,15 @@
-"""From a Configure to a model in memory: weights, KV pool, kernels.
+"""From a Configure to a model in memory: weights, KV pool.
 
-                                               ┌ threads: weights copied ──────────────┐
-locate ─▶ config.json, headers ─▶ memory taken ┴ kernels' packages ─▶ KV pool ─▶ what the
-                                                                     caller prepares   ┴▶ there
+                                               ┌ threads: weights copied ─────────────────┐
+locate ─▶ config.json, headers ─▶ memory taken ┴ KV pool ─▶ what the caller prepares: its ┴▶ there
+                                                            kernels, its rows
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +26,8 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernels import choose_operations
-from tokenloom.worker.kv import KVPool, pool_bytes, scratch_bytes
+from tokenloom.worker.kv import KVPool, pool_bytes
+from tokenloom.worker.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, scratch_bytes
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.rotary import rotary_table
@@ -48,11 +49,6 @@ if TYPE_CHECKING:
     from tokenloom.worker.weights import Weights
 
 _log = logging.getLogger(__name__)
-
-CUDA_STEP_TOKENS = 8192
-"""Long prompts are computed at the highest rate in steps of this size."""
-CPU_STEP_TOKENS = 2048
-"""A CPU computes longer steps no faster: others only wait longer for their end."""
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -92,6 +88,11 @@ class LoadedModel:
     pool: KVPool
     weights_bytes: int
 
+    def outline(self) -> LoadedModel:
+        """Returns one layer of each kind on torch's meta device: shapes without content."""
+        decoder = self.decoder.excerpt().outline()
+        return replace(self, decoder=decoder, pool=self.pool.outline())
+
 
 @contextmanager
 def load_model(
@@ -114,7 +115,6 @@ def load_model(
     dtype = _dtype(configure.dtype, config, device)
     weights, fillings = _take_memory(folder, config, configure, dtype, device)
     with Copying(fillings, device) as copying:
-        report("loading kernels", 0.0)
         attention = choose_attention(
             options.attention, head_dim=config.head_dim, dtype=dtype, device=device
         )
@@ -194,7 +194,7 @@ def _pool(
         config,
         num_rows=configure.max_num_requests,
         num_step_tokens=max_step_tokens(configure, device),
-        dtype=dtype,
+        item_bytes=dtype.itemsize,
     )
     num_bytes = pool_bytes(
         device,

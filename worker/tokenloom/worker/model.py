@@ -7,12 +7,14 @@ output agrees token for token.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional
 
 from tokenloom.worker.kernels import Residual
+from tokenloom.worker.weights import form, outline
 
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Attention, Pages, Spans
@@ -37,6 +39,30 @@ class Decoder:
     def embedding(self) -> Tensor:
         """Rows of the tokens, [vocab_size, hidden_size]."""
         return self._weights.embedding
+
+    def excerpt(self) -> Decoder:
+        """Returns a decoder of one layer of each kind: it launches all that this one does, once."""
+        kinds = {
+            (window, form(layer)): index
+            for index, (layer, window) in enumerate(
+                zip(self._weights.layers, self._config.windows, strict=True)
+            )
+        }
+        indices = sorted(kinds.values())
+        config = replace(
+            self._config,
+            num_layers=len(indices),
+            windows=tuple(self._config.windows[index] for index in indices),
+        )
+        layers = tuple(self._weights.layers[index] for index in indices)
+        weights = replace(self._weights, layers=layers)
+        return Decoder(config, weights, self._rotary, self.operations)
+
+    def outline(self) -> Decoder:
+        """Returns the decoder on torch's meta device: shapes without content."""
+        return Decoder(
+            self._config, outline(self._weights), self._rotary.to("meta"), self.operations
+        )
 
     def forward(
         self,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 ATTENTION_NAMES = ("auto", "flash4", "flash2", "triton", "torch")
 CPU_KV_CACHE = "256MiB"
+
+T = TypeVar("T")
 
 _UNITS = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 
@@ -60,3 +65,15 @@ def parse_count(text: str, *, at_least: int = 0) -> int:
     if not text.isdecimal() or int(text) < at_least:
         raise ValueError(f"{text!r} is no whole number of {at_least} or more")
     return int(text)
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Returns a parser whose ValueError argparse shows as it is, not by the parser's name."""
+
+    def parse_argument(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument

@@ -11,14 +11,15 @@ result is there when `launch` returns.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
 from tokenloom.wire.messages import Configure, Ready, Step, StepDone
-from tokenloom.worker.batch import Batch, SampleRows
+from tokenloom.worker.computing import Rows, compute
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
 from tokenloom.worker.graphs import StepGraphs
@@ -30,9 +31,8 @@ from tokenloom.worker.loading import (
     max_step_tokens,
 )
 from tokenloom.worker.results import Outcome, step_done
-from tokenloom.worker.sampling import Sampler
-from tokenloom.worker.shapes import Computed, FixedSteps
-from tokenloom.worker.slots import Changes, Limits, Slots
+from tokenloom.worker.shapes import FixedSteps
+from tokenloom.worker.slots import Limits, Slots
 from tokenloom.worker.timing import StepClock
 from tokenloom.worker.warmup import warm_up_steps
 
@@ -45,17 +45,6 @@ _POLL_S = 50e-6
 """How often the loop looks whether the device is done: short beside a step of milliseconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """What holds the requests on the device; it outlives epochs of the same limits."""
-
-    limits: Limits
-    batch: Batch
-    sampler: Sampler
-    graphs: StepGraphs | None
-    """None where steps are not captured."""
-
-
 class ModelRunner:
     """Computes steps with a real model."""
 
@@ -65,7 +54,7 @@ class ModelRunner:
         self.device = find_device(options.device)
         self._clock = StepClock()
         self._loaded: LoadedModel | None = None
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
         self._slots: Slots | None = None
 
     @torch.inference_mode()
@@ -107,77 +96,20 @@ class ModelRunner:
         """Starts a step. Raises ProtocolError if it contradicts those before it."""
         if self._slots is None:
             raise ProtocolError(f"step {step.step_id} came before Configure")
-        changes = self._slots.apply(step)
+        loaded, rows, slots = self._loaded, self._rows, self._slots
+        assert loaded is not None
+        assert rows is not None
+        changes = slots.apply(step)
         if self.device.type != "cuda":
             start_s = time.perf_counter()
-            outcome = self._compute(changes)
+            outcome = compute(changes, loaded, rows, slots)
             seconds = time.perf_counter() - start_s
             return _HostPending(done=step_done(step, outcome, seconds))
         start, end = _event(), _event()
-        outcome = self._compute(changes, start)
+        outcome = compute(changes, loaded, rows, slots, start)
         outcome = None if outcome is None else outcome.download()
         end.record()
         return _DevicePending(step=step, outcome=outcome, start=start, end=end, clock=self._clock)
-
-    def _compute(self, changes: Changes, start: torch.cuda.Event | None = None) -> Outcome | None:
-        """Queues all of a step; None if nothing is sampled.
-
-        `start` is recorded when the host is done with the changes: while it is at them
-        the device may be waiting.
-        """
-        loaded, rows = self._loaded, self._rows
-        assert loaded is not None
-        assert rows is not None
-        rows.sampler.admit(changes.admitted)
-        fresh_blocks = rows.batch.apply(changes)
-        if fresh_blocks is not None:
-            loaded.pool.clear(fresh_blocks)
-        compute = self._place(changes, loaded, rows) if len(changes.span_slots) else None
-        if start is not None:
-            start.record()
-        computed = None if compute is None else compute()
-        if computed is None or not changes.span_samples.any():
-            return None
-        plain = rows.sampler.is_plain(changes.sample_slots, changes.sample_ends)
-        if plain and computed.tokens is not None:
-            return Outcome(tokens=computed.tokens, logprobs=None)
-        # What a captured step drew of rows that are not plain is drawn again.
-        return self._sample(changes, computed, rows)
-
-    @staticmethod
-    def _place(changes: Changes, loaded: LoadedModel, rows: _Rows) -> Callable[[], Computed]:
-        """Puts a step's inputs on the device; returns what queues the rest of it."""
-        replay = None if rows.graphs is None else rows.graphs.place(changes)
-        if replay is not None:
-            return replay
-        inputs = rows.batch.inputs(changes)
-
-        def forward() -> Computed:
-            logits = loaded.decoder.forward(
-                inputs.tokens,
-                inputs.positions,
-                inputs.last_tokens,
-                spans=inputs.spans,
-                pages=loaded.pool.pages,
-                attention=loaded.attention,
-            )
-            return Computed(slots=inputs.row_slots, ends=inputs.row_ends, logits=logits)
-
-        return forward
-
-    def _sample(self, changes: Changes, computed: Computed, rows: _Rows) -> Outcome:
-        assert self._slots is not None
-        sample_rows = SampleRows(
-            slots=computed.slots,
-            ends=computed.ends,
-            host_slots=changes.sample_slots,
-            host_ends=changes.sample_ends,
-        )
-        sampled = rows.sampler.sample(
-            computed.logits, sample_rows, rows.batch.tokens, self._slots.num_prompt_tokens
-        )
-        rows.batch.append(computed.slots, computed.ends, sampled.tokens)
-        return Outcome.of(sampled)
 
     def _prepare(
         self,
@@ -185,11 +117,12 @@ class ModelRunner:
         limits: Limits,
         loaded: LoadedModel,
         report: Callable[[str, float], None],
-    ) -> _Rows:
+    ) -> Rows:
         """Returns empty rows; on CUDA, kernels are compiled and steps captured."""
-        batch = Batch(limits, loaded.decoder.operations, self.device)
-        sampler = Sampler(limits.num_slots, limits.vocab_size, self.device)
-        rows = _Rows(limits=limits, batch=batch, sampler=sampler, graphs=None)
+        rows = Rows.empty(limits, loaded.decoder.operations, self.device)
+        report("loading kernels", 0.0)
+        with self._compiling(limits, loaded):
+            loaded.attention.load()
         if self.device.type != "cuda":
             return rows
         report("warming up", 0.0)
@@ -199,9 +132,19 @@ class ModelRunner:
         report("warming up", 1.0)
         if not (self._options.graphs and loaded.attention.capturable):
             return rows
-        graphs = StepGraphs(FixedSteps(loaded, batch, sampler, limits), self.device)
+        steps = FixedSteps(loaded, rows.batch, rows.sampler, limits)
+        graphs = StepGraphs(steps, self.device)
         graphs.capture(lambda fraction: report("capturing graphs", fraction))
         return replace(rows, graphs=graphs)
+
+    def _compiling(self, limits: Limits, loaded: LoadedModel) -> AbstractContextManager[None]:
+        """Returns what compiles the kernels of steps beside what runs within it."""
+        if self.device.type != "cuda" or find_spec("triton") is None:
+            return nullcontext()
+        # Triton comes with torch's CUDA builds alone: imported when it is needed.
+        from tokenloom.worker.ahead import compiled_ahead  # noqa: PLC0415
+
+        return compiled_ahead(loaded, limits, self.device)
 
     def _holds(self, configure: Configure) -> bool:
         """Returns whether the model asked for is in memory already."""

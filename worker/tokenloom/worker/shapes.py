@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from tokenloom.worker.batch import Batch, Int32Array
     from tokenloom.worker.loading import LoadedModel
+    from tokenloom.worker.model import Decoder
     from tokenloom.worker.sampling import Sampler
     from tokenloom.worker.slots import Limits
 
@@ -57,7 +58,7 @@ def mixed_ladder(max_tokens: int) -> list[int]:
     The dense library computes tiles of 64 or 128 rows whether they are full or not, so
     finer sizes would gain next to nothing.
     """
-    sizes = [*range(64, 512, 64), *range(512, 1024, 128), *range(1024, _MOST_TOKENS + 1, 256)]
+    sizes = [*range(64, 1024, 64), *range(1024, _MOST_TOKENS + 1, 128)]
     return sizes[: bisect_left(sizes, max_tokens) + 1]
 
 
@@ -88,11 +89,12 @@ class Computed:
 class FixedSteps:
     """All fixed shapes of one model, batch and sampler. They share the memory of inputs and logits.
 
-    `place`, then `compute`: a graph holds the second alone.
+    `place` or `clear`, then `compute`: a graph holds the second alone.
     """
 
     def __init__(self, loaded: LoadedModel, batch: Batch, sampler: Sampler, limits: Limits) -> None:
         self._loaded = loaded
+        self._excerpt = loaded.decoder.excerpt()
         self._batch = batch
         self._sampler = sampler
         self._decodes = [_decode_shape(size, limits) for size in ladder(limits.num_slots)]
@@ -154,7 +156,19 @@ class FixedSteps:
 
     def compute(self, shape: StepShape) -> Computed:
         """Queues what was placed in a shape; all of its rows are drawn."""
-        return self._decode(shape) if shape in self._decodes else self._mix(shape)
+        return self._compute(shape, self._loaded.decoder)
+
+    def rehearse(self, shape: StepShape) -> None:
+        """Launches for nobody, once each, the kernels of a shape: they and the libraries are ready.
+
+        A captured launch must not be the first one of its kind.
+        """
+        self.clear(shape)
+        self._compute(shape, self._excerpt)
+
+    def _compute(self, shape: StepShape, decoder: Decoder) -> Computed:
+        is_decode = shape in self._decodes
+        return self._decode(shape, decoder) if is_decode else self._mix(shape, decoder)
 
     def _place_decodes(self, slots: Int32Array, shape: StepShape) -> None:
         wanted = np.full(shape.num_rows, self._batch.idle_slot, dtype=np.int64)
@@ -167,10 +181,10 @@ class FixedSteps:
         columns = self._batch.columns(changes, shape)
         self._columns[shape] = upload(self._memory.device, *columns, memory=self._memory)
 
-    def _decode(self, shape: StepShape) -> Computed:
+    def _decode(self, shape: StepShape, decoder: Decoder) -> Computed:
         loaded, batch, slots = self._loaded, self._batch, self._slots[: shape.num_rows]
         inputs = batch.decode_inputs(slots)
-        logits = loaded.decoder.forward(
+        logits = decoder.forward(
             inputs.tokens,
             inputs.positions,
             spans=inputs.spans,
@@ -183,11 +197,11 @@ class FixedSteps:
         tokens = batch.advance(slots, inputs.positions, drawn)
         return Computed(slots=slots, ends=ends, logits=logits, tokens=tokens)
 
-    def _mix(self, shape: StepShape) -> Computed:
+    def _mix(self, shape: StepShape, decoder: Decoder) -> Computed:
         loaded, batch = self._loaded, self._batch
         inputs = batch.look_up(self._columns[shape], shape)
         slots, ends = inputs.row_slots, inputs.row_ends
-        logits = loaded.decoder.forward(
+        logits = decoder.forward(
             inputs.tokens,
             inputs.positions,
             inputs.last_tokens,

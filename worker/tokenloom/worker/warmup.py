@@ -1,4 +1,4 @@
-"""Steps without meaning that compile kernels and set up libraries before requests come."""
+"""Steps without meaning that load kernels and set up libraries before requests come."""
 
 from __future__ import annotations
 
@@ -13,27 +13,19 @@ if TYPE_CHECKING:
 
     from tokenloom.worker.slots import Limits
 
-_LONG_TOKENS = 4096
-"""Of a long request: long enough for kernels to share its keys out."""
-
 
 def warm_up_steps(epoch: int, limits: Limits) -> Iterator[Step]:
-    """Yields a chunk and a decode of a short request, a long one and one as large as a step.
+    """Yields a prompt and a decode of a short request, and of one that fills a step.
 
-    Kernels that share a request's keys out compile for long ones alone; the
-    dense library picks its kernels by the number of tokens. The short one asks for
-    log probabilities: what draws such rows is compiled apart from what draws others.
+    The short one asks for log probabilities: what draws such rows is compiled apart from
+    what draws others. So is, without flash-attn, what attends in spans of a few tokens.
     """
     room = min(limits.max_model_tokens, limits.num_blocks * limits.block_size)
     longest = max(1, room - 2)  # two tokens are sampled behind the prompt, if there is room
     step_id = 0
-    for length, chunk, num_top_logprobs in (
-        (32, 32, 1),
-        (_LONG_TOKENS, 32, None),
-        (longest, limits.max_step_tokens, None),
-    ):
+    for length, num_top_logprobs in ((2, 1), (longest, None)):
         num_tokens = min(length, longest)
-        num_new = min(chunk, num_tokens, limits.max_step_tokens)
+        num_new = min(num_tokens, limits.max_step_tokens)
         num_blocks = num_tokens // limits.block_size + 1
         num_computed = num_tokens - num_new  # as if they lay in cached blocks
         released = b"" if step_id == 0 else _int32([0])

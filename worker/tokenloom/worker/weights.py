@@ -13,8 +13,8 @@ matrix is exactly its parts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, assert_never
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUT = ("self_attn.o_proj",)
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _DOWN = ("mlp.down_proj",)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +183,28 @@ class _Memory:
         if name not in self._codebooks:
             self._codebooks[name] = codebook(name, self._device)
         return self._codebooks[name]
+
+
+def form(weights: object) -> tuple[object, ...]:
+    """Returns what launches depend on: kinds of matrices, types and sizes, not what they hold."""
+    if isinstance(weights, Tensor):
+        return weights.dtype, *weights.shape
+    if is_dataclass(weights):
+        return type(weights), *(form(getattr(weights, each.name)) for each in fields(weights))
+    return (weights,)
+
+
+def outline(weights: T) -> T:
+    """Returns weights, or any part of them, on torch's meta device: without content."""
+    outlined: object = weights
+    if isinstance(weights, Tensor):
+        outlined = weights.to("meta")
+    elif isinstance(weights, tuple):
+        outlined = tuple(map(outline, weights))
+    elif is_dataclass(weights) and not isinstance(weights, type):
+        parts = {each.name: outline(getattr(weights, each.name)) for each in fields(weights)}
+        outlined = replace(weights, **parts)
+    return outlined  # type: ignore[return-value]
 
 
 def destinations(config: ModelConfig, weights: Weights) -> dict[str, Place]:

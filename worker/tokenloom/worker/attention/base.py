@@ -97,13 +97,17 @@ class Attention(Protocol):
     capturable: bool
     """Whether a launch depends on shapes alone, so that a CUDA graph can repeat it"""
 
+    def load(self) -> None:
+        """Imports what is slow to import, which the first span would do otherwise."""
+
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """Returns [num_tokens, num_heads, head_dim] for queries of that shape.
 
         With a `window`, a token sees that many positions, its own among them. The
-        result of a token that belongs to no span is not defined.
+        result of a token that belongs to no span is not defined. On torch's meta device
+        nothing is computed and nothing loaded.
         """
 
 

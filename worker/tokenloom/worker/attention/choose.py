@@ -110,6 +110,10 @@ class SplitAttention:
         self.block_size = others.block_size
         self._decoding, self._others = decoding, others
 
+    def load(self) -> None:
+        """Imports what is slow to import."""
+        self._others.load()
+
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:

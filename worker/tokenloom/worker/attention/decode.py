@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.attention.base import Pages, Spans
+from tokenloom.worker.kernels.overlap import overlaps, wait_for_previous
 
 _LOG2_E = 1.4426950408889634
 _SPAN_STEPS = (16, 128, 1024, 8192)
@@ -97,6 +98,7 @@ class PagedDecoding:
         space = self._workspace(queries.device, num_heads, num_kv_heads, head_dim)
         dims = max(16, triton.next_power_of_2(head_dim))
         num_keys = max(16, tiling.tile_bytes // (dims * queries.element_size()))
+        overlapped = overlaps(queries.device)
         _attend[(space.num_programs * num_kv_heads,)](
             queries,
             keys,
@@ -124,6 +126,8 @@ class PagedDecoding:
             BLOCK_SIZE=block_size,
             PARTS=max(1, tiling.weighed_bytes // (heads * dims * 4)),
             PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+            OVERLAPPED=overlapped,
+            launch_pdl=overlapped,
             num_warps=tiling.num_warps,
             # To Triton, looking a block up is a stage of its own.
             num_stages=2 * tiling.num_ahead + 1,
@@ -187,6 +191,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ) -> None:
     """A program of a KV head. `scale` is to the base 2."""
     kv_head = tl.program_id(0) % KV_HEADS
@@ -199,6 +204,7 @@ def _attend(
     share = tl.maximum(tl.cdiv(num_tiles, num_programs), min_share)
     run = program * share
     run_end = tl.minimum(run + share, num_tiles)
+    wait_for_previous(OVERLAPPED)  # lengths are the step's, older than what overlaps
     if run >= run_end:
         return
     first = tl.sum((ends <= run).to(tl.int32), 0)

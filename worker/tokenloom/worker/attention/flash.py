@@ -8,6 +8,7 @@ tokens before them stay unwritten in the result.
 
 from __future__ import annotations
 
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ import torch
 from tokenloom.worker.attention.base import Pages, Spans
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -69,23 +72,31 @@ class FlashAttention4:
     """The kernel's own key tile, so that a page is one bulk copy (TMA)."""
     capturable = True
 
-    def __init__(self) -> None:
-        # Slow, and it needs a CUDA device: imported when it is chosen.
+    def load(self) -> None:
+        """Imports the package, which takes seconds."""
+        _ = self._kernel
+
+    @cached_property
+    def _kernel(self) -> Callable[..., tuple[Tensor, ...]]:
+        # It needs a CUDA device: imported when it is chosen.
         from flash_attn.cute import flash_attn_varlen_func  # noqa: PLC0415
 
-        self._kernel = flash_attn_varlen_func
+        kernel: Callable[..., tuple[Tensor, ...]] = flash_attn_varlen_func
+        return kernel
 
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """Returns [num_tokens, num_heads, head_dim] for queries of that shape."""
-        mixed: Tensor
+        if queries.is_meta:
+            return torch.empty_like(queries)
         mixed, _ = self._kernel(
             queries,
             pages.keys[layer],
             pages.values[layer],
             cu_seqlens_q=spans.offsets,
-            max_seqlen_q=spans.max_length,
+            # Without max_seqlen_q: with it, short spans have a kernel of their own, which is
+            # on Hopper the same one compiled again.
             max_seqlen_k=spans.max_kv_length,
             seqused_k=spans.kv_lengths,
             page_table=spans.block_tables,
@@ -107,17 +118,25 @@ class FlashAttention2:
     """The smallest that its kernels take."""
     capturable = True
 
-    def __init__(self) -> None:
+    def load(self) -> None:
+        """Imports the package."""
+        _ = self._kernel
+
+    @cached_property
+    def _kernel(self) -> Callable[..., Tensor]:
         # It needs a CUDA device: imported when it is chosen.
         from flash_attn import flash_attn_varlen_func  # noqa: PLC0415
 
-        self._kernel = flash_attn_varlen_func
+        kernel: Callable[..., Tensor] = flash_attn_varlen_func
+        return kernel
 
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """Returns [num_tokens, num_heads, head_dim] for queries of that shape."""
-        mixed: Tensor = self._kernel(
+        if queries.is_meta:
+            return torch.empty_like(queries)
+        return self._kernel(
             queries,
             pages.keys[layer],
             pages.values[layer],
@@ -129,4 +148,3 @@ class FlashAttention2:
             window_size=(-1, -1) if window is None else (window - 1, 0),
             block_table=spans.block_tables,
         )
-        return mixed

@@ -39,6 +39,9 @@ class PagedAttention:
     def __init__(self, block_size: int = 64) -> None:
         self.block_size = block_size
 
+    def load(self) -> None:
+        """Has nothing to import."""
+
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
@@ -80,7 +83,11 @@ class PagedAttention:
         return mixed
 
 
-@triton.jit(do_not_specialize=["table_stride", "tiles_per_span"])
+@triton.jit(
+    do_not_specialize=["table_stride", "tiles_per_span"],
+    # Of spans behind decodes, which may be any number.
+    do_not_specialize_on_alignment=["tables", "offsets", "kv_lengths"],
+)
 def _attend(
     queries: tl.tensor,
     keys: tl.tensor,

@@ -51,6 +51,9 @@ class ReferenceAttention:
         self._spans: Spans | None = None
         self._groups: list[_Group] = []
 
+    def load(self) -> None:
+        """Has nothing to import."""
+
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def choose_drawing(device: torch.device) -> Drawing:
-    """Returns the Triton kernels on CUDA, their twin elsewhere."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    """Returns the Triton kernels on CUDA, for which meta stands, and their twin elsewhere."""
+    if device.type not in {"cuda", "meta"} or find_spec("triton") is None:
         return TorchDrawing()
     # Triton comes with torch's CUDA builds alone: imported when it is chosen.
     from tokenloom.worker.drawing.fused import FusedDrawing  # noqa: PLC0415

@@ -62,7 +62,8 @@ class FusedDrawing:
         num_rows, vocab_size = logits.shape
         num_chunks = triton.cdiv(vocab_size, _CHUNK.value)
         num_groups = num_chunks * (_CHUNK.value // _GROUP.value)
-        bests, masses = torch.empty((2, num_rows, num_chunks), device=logits.device)
+        bests = torch.empty((num_rows, num_chunks), device=logits.device)
+        masses = torch.empty_like(bests)  # each by itself: kernels are compiled by alignment
         best_tokens = torch.empty_like(bests, dtype=torch.int32)
         tops = torch.empty((num_rows, num_groups), dtype=logits.dtype, device=logits.device)
         drawn = Drawn(

@@ -8,7 +8,9 @@ next one may be placed beside it, and waits before it reads what another one wro
 
 What is launched this way keeps two rules, and may then stand beside any other kernel:
 
-- Before the wait it reads nothing that a kernel writes, and writes nothing.
+- Before the wait it reads nothing that a kernel launched this way writes, and writes nothing.
+  What others wrote, torch's own among them, was whole before any after them began: where a
+  step's spans lie, for one, since its embedding is looked up behind it.
 - Every program waits, even one with nothing to read: the wait is for the kernel before
   alone, so a kernel that ended without it would let the next one overtake both.
 """
@@ -25,7 +27,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Returns whether kernels can be launched this way, `launch_pdl=True` to Triton."""
+    """Returns whether kernels can be launched this way, `launch_pdl=True` to Triton.
+
+    The meta device stands for the present CUDA device.
+    """
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

@@ -1,0 +1,127 @@
+"""What is compiled ahead is what steps launch: recorded on the meta device, nothing compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.worker.checkpoints import make_checkpoint
+from tests.worker.driver import Driver, configuration, int32
+from tests.worker.random_load import MAX_STEP_TOKENS, NUM_SLOTS, RandomLoad
+from tokenloom.wire.messages import Ready, Step, StepDone
+from tokenloom.worker.computing import Rows, compute
+from tokenloom.worker.graphs import StepGraphs
+from tokenloom.worker.loading import LoadedModel
+from tokenloom.worker.options import WorkerOptions
+from tokenloom.worker.runner import ModelRunner
+from tokenloom.worker.shapes import Computed, FixedSteps
+from tokenloom.worker.slots import Limits, Slots
+
+if TYPE_CHECKING:
+    from tokenloom.worker.ahead import Launch
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+
+META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def _no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks for its driver, of which there is none without a GPU."""
+    from triton.runtime.driver import driver
+
+    monkeypatch.setattr(driver, "_active", object())
+
+
+def recorded() -> AbstractContextManager[dict[Launch, None]]:
+    from triton.backends.compiler import GPUTarget
+
+    from tokenloom.worker.ahead import recorded_launches
+
+    return recorded_launches(GPUTarget("cuda", 90, 32))
+
+
+def on_a_gpu(folder: Path, name: str) -> tuple[LoadedModel, Limits, Ready]:
+    """Returns the outline of a model whose kernels are a GPU's without flash-attn."""
+    from tokenloom.worker.attention.choose import SplitAttention
+    from tokenloom.worker.attention.decode import PagedDecoding
+    from tokenloom.worker.attention.paged import PagedAttention
+    from tokenloom.worker.kernels.fused import FusedOperations
+
+    make_checkpoint(folder, name)
+    runner = ModelRunner(WorkerOptions(device="cpu", kv_cache_bytes=4 * 1024 * 1024))
+    configure = configuration(
+        str(folder),
+        dtype="bfloat16",
+        max_num_requests=NUM_SLOTS,
+        max_step_tokens=MAX_STEP_TOKENS,
+    )
+    ready = runner.configure(configure, lambda *_: None)
+    loaded, rows = runner._loaded, runner._rows
+    assert loaded is not None
+    assert rows is not None
+    loaded.decoder.operations = FusedOperations()
+    attention = SplitAttention(PagedDecoding(), PagedAttention(loaded.attention.block_size))
+    return replace(loaded, attention=attention).outline(), rows.limits, ready
+
+
+class Uncaptured(StepGraphs):
+    """Computes what was placed where a graph would be replayed."""
+
+    def _replay(self, shape: object, num_rows: int) -> Computed:
+        return self._steps.compute(shape).first(num_rows)  # type: ignore[arg-type]
+
+
+def answering(loaded: LoadedModel, limits: Limits, *, fixed: bool) -> Callable[[Step], StepDone]:
+    """Returns what computes steps, in fixed shapes or as they come; all tokens are zero."""
+    rows, slots = Rows.empty(limits, loaded.decoder.operations, META), Slots(limits)
+    if fixed:
+        steps = FixedSteps(loaded, rows.batch, rows.sampler, limits)
+        rows = replace(rows, graphs=Uncaptured(steps, META))
+
+    def answer(step: Step) -> StepDone:
+        compute(slots.apply(step), loaded, rows, slots)
+        return StepDone(
+            epoch=step.epoch,
+            step_id=step.step_id,
+            tokens=int32([0] * sum(step.span_samples)),
+            logprobs=(),
+            faulty_rows=b"",
+            compute_s=0.0,
+        )
+
+    return answer
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2-window"])
+def test_steps_launch_nothing_that_was_not_compiled_ahead(
+    tmp_path: Path, name: str, *, fixed: bool
+) -> None:
+    from tokenloom.worker.ahead import launch_all
+
+    with torch.inference_mode():
+        loaded, limits, ready = on_a_gpu(tmp_path, name)
+        with recorded() as ahead:
+            launch_all(loaded, limits)
+        with recorded() as launched:
+            driver = Driver(answering(loaded, limits, fixed=fixed), ready)
+            completions = RandomLoad(driver, 1, edits=True).run(45)
+    assert len(completions) > 20
+    assert list(launched)
+    assert [each for each in launched if each not in ahead] == []
+
+
+def test_a_layer_of_each_window_is_launched(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        loaded, _, _ = on_a_gpu(tmp_path, "qwen2-window")
+    windows = loaded.decoder._config.windows
+    assert len(windows) == 2
+    assert set(windows) == {None, 9}

@@ -1,0 +1,145 @@
+"""Reads what a plan needs of a checkpoint: config.json and the headers of its safetensors.
+
+Of a Hub id nothing else is fetched: headers by requests for ranges of bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenloom.worker.checkpoint import read_config, read_tensors
+from tokenloom.worker.config import Json, ModelConfig
+from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
+from tokenloom.worker.plan.capacity import Checkpoint, Stored
+from tokenloom.worker.plan.sizes import HEAD, EightBit, Form, FourBit, Matrix, matrices
+
+_EMBEDDING = "model.embed_tokens"
+_QUANTIZATION = "quantization_config"
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Those of bitsandbytes."""
+_QUANT_STATE = re.compile(r"\.weight\.quant_state\.bitsandbytes__(nf4|fp4)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a safetensors file tells of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_checkpoint(model: str) -> Checkpoint:
+    """Returns what the files of a folder or of a Hub id tell.
+
+    Raises:
+        UnsupportedModelError: An architecture, a feature or a quantization that is not built.
+        CheckpointError: Files are missing or contradict each other, or the Hub cannot be reached.
+    """
+    folder = Path(model)
+    config, headers = _from_folder(folder) if folder.is_dir() else _from_hub(model)
+    quantization = config.get(_QUANTIZATION)
+    parsed = ModelConfig.parse({name: config[name] for name in config if name != _QUANTIZATION})
+    stored = None if quantization is None else _stored(parsed, quantization, headers)
+    _check_shapes(parsed, {} if stored is None else stored.forms, headers)
+    return Checkpoint(name=model, config=parsed, stored=stored)
+
+
+def _from_folder(folder: Path) -> tuple[Json, dict[str, Header]]:
+    headers = {
+        name: Header(dtype=tensor.dtype, shape=tensor.shape)
+        for name, tensor in read_tensors(folder).items()
+    }
+    return read_config(folder), headers
+
+
+def _from_hub(model: str) -> tuple[Json, dict[str, Header]]:
+    # Its import takes a quarter of a second, which a folder need not wait for.
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download  # noqa: PLC0415
+
+    try:
+        # First what is not tried again for half a minute where there is no Hub.
+        metadata = get_safetensors_metadata(model)
+        path = Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # the Hub's HTTP client brings exceptions of its own
+        raise CheckpointError(
+            f"{model} is no folder here and cannot be read from the Hub: {error}"
+        ) from error
+    headers = {
+        name: Header(dtype=tensor.dtype, shape=tuple(tensor.shape))
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+    return read_config(path.parent), headers
+
+
+def _stored(config: ModelConfig, quantization: object, headers: Mapping[str, Header]) -> Stored:
+    """Returns the forms in which bitsandbytes left the matrices."""
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if method != "bitsandbytes":
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized by {method}; bitsandbytes is supported"
+        )
+    forms: dict[str, Form] = {}
+    for matrix in matrices(config):
+        if (form := _form(matrix, headers)) is not None:
+            forms[matrix.name] = form
+    if not forms:
+        raise CheckpointError(
+            f"config.json says {json.dumps(quantization)}, and no matrix is quantized"
+        )
+    if any(isinstance(form, EightBit) for form in forms.values()):
+        return Stored(label="int8", forms=forms)
+    types = {found[1] for name in headers if (found := _QUANT_STATE.search(name)) is not None}
+    if len(types) != 1:
+        raise CheckpointError(
+            f"weights of 4 bits are told to be of {len(types)} types: {', '.join(sorted(types))}"
+        )
+    return Stored(label=types.pop(), forms=forms)
+
+
+def _form(matrix: Matrix, headers: Mapping[str, Header]) -> Form | None:
+    """Returns a matrix's form by what is stored beside it; None: it is dense."""
+    if f"{matrix.name}.SCB" in headers:
+        return EightBit()
+    absmax = headers.get(f"{matrix.name}.weight.absmax")
+    if absmax is None:
+        return None
+    num_blocks = math.prod(absmax.shape)
+    for block_size in _BLOCK_SIZES:
+        if -(-matrix.num_weights // block_size) == num_blocks:
+            return FourBit(block_size=block_size)
+    raise CheckpointError(
+        f"tensor {matrix.name}.weight.absmax has {num_blocks} scales for {matrix.num_weights}"
+        f" weights; blocks are of {_BLOCK_SIZES[0]} to {_BLOCK_SIZES[-1]}"
+    )
+
+
+def _check_shapes(
+    config: ModelConfig, forms: Mapping[str, Form], headers: Mapping[str, Header]
+) -> None:
+    """Raises CheckpointError if a matrix is not there as config.json describes it."""
+    expected = {
+        matrix.name: (matrix.num_outputs, matrix.num_inputs)
+        for matrix in matrices(config)
+        if matrix.name != HEAD or not config.tied_embeddings
+    }
+    expected[_EMBEDDING] = (config.vocab_size, config.hidden_size)
+    for name, shape in expected.items():
+        header = headers.get(f"{name}.weight")
+        if header is None:
+            raise CheckpointError(f"tensor {name}.weight is missing")
+        if isinstance(forms.get(name), FourBit):
+            if math.prod(header.shape) * 2 != math.prod(shape):
+                raise CheckpointError(
+                    f"tensor {name}.weight has {math.prod(header.shape)} bytes for"
+                    f" {math.prod(shape)} weights of 4 bits"
+                )
+        elif header.shape != shape:
+            raise CheckpointError(
+                f"tensor {name}.weight has shape {header.shape}; {shape} is expected"
+            )

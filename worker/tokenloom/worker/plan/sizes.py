@@ -1,0 +1,174 @@
+"""What a decoder's weights take on one rank, by the form of each matrix. Pure.
+
+How the ranks of a group share a decoder:
+
+    divided by heads          q, k, v by outputs, o by inputs; fewer key-value heads than ranks
+                              are replicated, one a rank
+    divided by width          gate, up by outputs, down by inputs
+    divided by vocabulary     embedding and head, rounded up
+    replicated                norms, biases of o and down
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias, assert_never
+
+from tokenloom.worker.config import ModelConfig
+
+HEAD = "lm_head"
+BLOCK_SIZE = 64
+"""Weights that share a scale where 4-bit weights are made by the worker itself."""
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """In the type of the activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBit:
+    """Codes of half a byte, and a float32 scale for each `block_size` inputs."""
+
+    block_size: int = BLOCK_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class EightBit:
+    """Codes of a byte, and a float32 scale for each output."""
+
+
+Form: TypeAlias = Dense | FourBit | EightBit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A projection, under its checkpoint's name."""
+
+    name: str
+    num_outputs: int
+    num_inputs: int
+    has_bias: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        """Without the bias."""
+        return self.num_outputs * self.num_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """What a rank keeps."""
+
+    layers: int
+    """Matrices of the layers with their biases, and all norms."""
+    embedding: int
+    head: int
+    """0 where the embedding serves as it is."""
+
+    @property
+    def total(self) -> int:
+        """What a worker reports as `weights_bytes`."""
+        return self.layers + self.embedding + self.head
+
+    @property
+    def read_a_step(self) -> int:
+        """What a decode step reads: of an embedding that is no head, a row a token."""
+        return self.layers + (self.head or self.embedding)
+
+
+def why_not_split(config: ModelConfig, num_ranks: int) -> str | None:
+    """Returns why a model cannot be divided among so many ranks; None if it can."""
+    divided = {
+        "attention heads": config.num_heads,
+        "columns between the MLP's projections": config.intermediate_size,
+    }
+    for name, count in divided.items():
+        if count % num_ranks:
+            return f"{count} {name} do not divide by {num_ranks}"
+    small, large = sorted((config.num_kv_heads, num_ranks))
+    if large % small:
+        return f"{config.num_kv_heads} key-value heads do not divide by {num_ranks}"
+    return None
+
+
+def shard(config: ModelConfig, num_ranks: int) -> ModelConfig:
+    """Returns the decoder that one of the ranks computes, where `why_not_split` is None."""
+    return replace(
+        config,
+        vocab_size=-(-config.vocab_size // num_ranks),
+        num_heads=config.num_heads // num_ranks,
+        num_kv_heads=max(1, config.num_kv_heads // num_ranks),
+        intermediate_size=config.intermediate_size // num_ranks,
+    )
+
+
+def matrices(config: ModelConfig) -> Iterator[Matrix]:
+    """Yields the matrices of all layers and the head, which is there if it is tied, too."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    num_q, num_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = (
+        ("self_attn.q_proj", num_q, hidden, config.qkv_bias),
+        ("self_attn.k_proj", num_kv, hidden, config.qkv_bias),
+        ("self_attn.v_proj", num_kv, hidden, config.qkv_bias),
+        ("self_attn.o_proj", hidden, num_q, config.o_bias),
+        ("mlp.gate_proj", width, hidden, config.mlp_bias),
+        ("mlp.up_proj", width, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, width, config.mlp_bias),
+    )
+    for layer in range(config.num_layers):
+        for name, num_outputs, num_inputs, has_bias in shapes:
+            yield Matrix(
+                name=f"model.layers.{layer}.{name}",
+                num_outputs=num_outputs,
+                num_inputs=num_inputs,
+                has_bias=has_bias,
+            )
+    yield Matrix(name=HEAD, num_outputs=config.vocab_size, num_inputs=hidden)
+
+
+def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int) -> WeightBytes:
+    """Returns what a rank keeps of the decoder that it computes.
+
+    `forms` has the form of each matrix by name; `item_bytes` are an activation's.
+    """
+    num_norm_weights = config.hidden_size + config.num_layers * (
+        2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    )
+    layers, head = num_norm_weights * item_bytes, 0
+    for matrix in matrices(config):
+        form = forms[matrix.name]
+        num_bytes = _matrix_bytes(matrix, form, item_bytes)
+        if matrix.name != HEAD:
+            layers += num_bytes
+        elif not (config.tied_embeddings and form == Dense()):
+            head = num_bytes
+    embedding = config.vocab_size * config.hidden_size * item_bytes
+    return WeightBytes(layers=layers, embedding=embedding, head=head)
+
+
+def all_dense(config: ModelConfig) -> dict[str, Form]:
+    """Returns the forms of a decoder without quantization."""
+    return {matrix.name: Dense() for matrix in matrices(config)}
+
+
+def num_weights(config: ModelConfig) -> int:
+    """Returns the parameters of a checkpoint, those of a tied embedding once."""
+    return weight_bytes(config, all_dense(config), 1).total
+
+
+def _matrix_bytes(matrix: Matrix, form: Form, item_bytes: int) -> int:
+    bias = matrix.num_outputs * item_bytes if matrix.has_bias else 0
+    match form:
+        case Dense():
+            return matrix.num_weights * item_bytes + bias
+        case FourBit():
+            num_blocks = matrix.num_weights // form.block_size
+            return matrix.num_weights // 2 + num_blocks * _SCALE_BYTES + bias
+        case EightBit():
+            return matrix.num_weights + matrix.num_outputs * _SCALE_BYTES + bias
+        case _:
+            assert_never(form)
