@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenloom.worker import copying
-from tokenloom.worker.checkpoint import match, read_tensors
+from tokenloom.worker.checkpoint import read_tensors
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import CheckpointError
-from tokenloom.worker.filling import Filling
+from tokenloom.worker.filling import Filling, match
 from tokenloom.worker.stored import stored_tensors
 
 CPU = torch.device("cpu")

@@ -25,12 +25,14 @@ from tests.worker.checkpoints import (
 from tests.worker.driver import Driver, configuration
 from tokenloom.wire.messages import Configure, Ready
 from tokenloom.worker import copying
-from tokenloom.worker.checkpoint import interpret, match, read_config, read_tensors
+from tokenloom.worker.checkpoint import interpret, read_config, read_tensors
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import CheckpointError, LoadError, UnsupportedModelError
+from tokenloom.worker.filling import match
 from tokenloom.worker.formats import CODEBOOKS, stored_format_name
 from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear, Linear
+from tokenloom.worker.matrices import matrices
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.runner import ModelRunner
@@ -38,7 +40,6 @@ from tokenloom.worker.weights import (
     Weights,
     allocate_weights,
     destinations,
-    matrix_names,
 )
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def load_weights(
     config = ModelConfig.parse(read_config(folder))
     stored = interpret(read_tensors(folder), config)
     formats = choose_formats(
-        matrix_names(config),
+        matrices(config),
         stored,
         own=config.quantized_to,
         quantize=quantize,
@@ -287,7 +288,7 @@ def test_what_is_kept_dense_is_told(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO):
         load(configuration(str(tmp_path), quantize="nf4"))
     # The layers' down projections have 96 inputs.
-    assert "3 matrices are kept dense, as model.layers.0.mlp.down_proj.weight" in caplog.text
+    assert "3 matrices are kept dense, as model.layers.0.mlp.down_proj:" in caplog.text
     assert "on a CPU 18 quantized matrices are kept dense" in caplog.text
 
 

@@ -11,28 +11,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from tokenloom.worker.errors import CheckpointError
-from tokenloom.worker.filling import Filling
+from tokenloom.worker.matrices import EMBEDDING, HEAD
 from tokenloom.worker.quantized import Stored, gathered
 from tokenloom.worker.stored import StoredTensor, stored_tensors
-from tokenloom.worker.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import torch
-
     from tokenloom.worker.config import Json, ModelConfig
-    from tokenloom.worker.filling import Place
-    from tokenloom.worker.formats import Format
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _HUB_FILES = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
-_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 def locate(model: str, also: Iterable[str] = ()) -> Path:
@@ -88,65 +80,9 @@ def interpret(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[
         UnsupportedModelError: A layout that is not built.
     """
     stored: dict[str, Stored] = {**tensors} if config.quantized_to is None else gathered(tensors)
-    if config.tied_embeddings and EMBEDDING in stored:
-        stored[HEAD] = stored[EMBEDDING]
+    if config.tied_embeddings and f"{EMBEDDING}.weight" in stored:
+        stored[f"{HEAD}.weight"] = stored[f"{EMBEDDING}.weight"]
     return stored
-
-
-def match(
-    stored: Mapping[str, Stored],
-    places: Mapping[str, Place],
-    *,
-    formats: Mapping[str, Format],
-    dtype: torch.dtype,
-) -> list[Filling]:
-    """Returns what fills which place, in the order of what is stored.
-
-    Args:
-        stored: All that the checkpoint holds, by name.
-        places: What is expected, by name.
-        formats: By name, the formats that matrices have or are rounded to.
-        dtype: Of the activations.
-
-    Raises:
-        CheckpointError: A tensor is missing, unexpected, misshapen or of a type that weights
-            do not have.
-    """
-    fillings = []
-    for name, tensor in stored.items():
-        if name not in places:
-            if _is_superfluous(name):
-                continue
-            raise CheckpointError(f"tensor {name} is not expected")
-        place = places[name]
-        _check(name, tensor, place)
-        rounded_to = formats.get(name) if isinstance(tensor, StoredTensor) else None
-        fillings.append(Filling(stored=tensor, place=place, dtype=dtype, rounded_to=rounded_to))
-    missing = sorted(places.keys() - stored.keys())
-    if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])} …")
-    return fillings
-
-
-def _check(name: str, stored: Stored, place: Place) -> None:
-    if tuple(stored.shape) != tuple(place.shape):
-        raise CheckpointError(
-            f"tensor {name} has shape {stored.shape}; {tuple(place.shape)} is expected"
-        )
-    if isinstance(stored, StoredTensor):
-        if stored.dtype not in _WEIGHT_TYPES:
-            raise CheckpointError(
-                f"tensor {name} is of type {stored.dtype}; weights are of one of"
-                f" {', '.join(_WEIGHT_TYPES)}"
-            )
-    elif isinstance(place, Tensor):
-        raise CheckpointError(f"tensor {name} is quantized; only matrices of layers and head are")
-
-
-def _is_superfluous(name: str) -> bool:
-    """Returns whether a tensor that nothing expects is one that checkpoints carry without need."""
-    # The head is not expected where the embedding is it; the other is a table of old exports.
-    return name == HEAD or name.endswith(".rotary_emb.inv_freq")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ stored, brought into the form that is wanted, and copied to its rows of the plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, assert_never
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenloom.worker.errors import CheckpointError
 from tokenloom.worker.formats import Format
 from tokenloom.worker.linears import (
     DenseLinear,
@@ -30,10 +31,12 @@ from tokenloom.worker.linears import (
     Linear,
     codebook,
 )
+from tokenloom.worker.matrices import HEAD
 from tokenloom.worker.quantized import Stored, StoredEightBit, StoredFourBit
 from tokenloom.worker.rounding import quantized
 from tokenloom.worker.stored import StoredTensor
 
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 _WIDENED = 16
 """Bytes that a byte of two codes takes while it is made dense, about."""
 
@@ -97,6 +100,64 @@ class Filling:
                 case _:
                     assert_never(stored)
             yield Piece(sources=sources, put=partial(_put, read, place.rows(first, last)))
+
+
+def match(
+    stored: Mapping[str, Stored],
+    places: Mapping[str, Place],
+    *,
+    formats: Mapping[str, Format],
+    dtype: torch.dtype,
+) -> list[Filling]:
+    """Returns what fills which place, in the order of what is stored.
+
+    Args:
+        stored: All that the checkpoint holds, by name.
+        places: What is expected, by name.
+        formats: By its name, the format that a matrix has or is rounded to.
+        dtype: Of the activations.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, misshapen or of a type that weights
+            do not have.
+    """
+    fillings = []
+    for name, tensor in stored.items():
+        if name not in places:
+            if _is_superfluous(name):
+                continue
+            raise CheckpointError(f"tensor {name} is not expected")
+        place = places[name]
+        _check(name, tensor, place)
+        rounded_to = (
+            formats.get(name.removesuffix(".weight")) if isinstance(tensor, StoredTensor) else None
+        )
+        fillings.append(Filling(stored=tensor, place=place, dtype=dtype, rounded_to=rounded_to))
+    missing = sorted(places.keys() - stored.keys())
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])} …")
+    return fillings
+
+
+def _check(name: str, stored: Stored, place: Place) -> None:
+    if tuple(stored.shape) != tuple(place.shape):
+        raise CheckpointError(
+            f"tensor {name} has shape {stored.shape}; {tuple(place.shape)} is expected"
+        )
+    if isinstance(stored, StoredTensor):
+        if stored.dtype not in _WEIGHT_TYPES:
+            raise CheckpointError(
+                f"tensor {name} is of type {stored.dtype}; weights are of one of"
+                f" {', '.join(_WEIGHT_TYPES)}"
+            )
+    elif isinstance(place, Tensor):
+        raise CheckpointError(f"tensor {name} is quantized; only matrices of layers and head are")
+
+
+def _is_superfluous(name: str) -> bool:
+    """Returns whether a tensor that nothing expects is one that checkpoints carry without need."""
+    # The head is not expected where the embedding is it; the other is a table of old exports.
+    return name == f"{HEAD}.weight" or name.endswith(".rotary_emb.inv_freq")
 
 
 def _row_ranges(stored: Stored, max_bytes: int) -> Iterator[tuple[int, int]]:

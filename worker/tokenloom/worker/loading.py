@@ -18,15 +18,16 @@ from tokenloom.worker.attention import choose_attention
 from tokenloom.worker.checkpoint import (
     interpret,
     locate,
-    match,
     read_config,
     read_tensors,
 )
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
+from tokenloom.worker.filling import Filling, match
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
+from tokenloom.worker.matrices import matrices
 from tokenloom.worker.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, scratch_bytes
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.precision import choose_formats
@@ -35,7 +36,6 @@ from tokenloom.worker.rounding import load_bitsandbytes
 from tokenloom.worker.weights import (
     allocate_weights,
     destinations,
-    matrix_names,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from tokenloom.wire.messages import Configure
     from tokenloom.worker.attention import Attention
-    from tokenloom.worker.filling import Filling
     from tokenloom.worker.options import WorkerOptions
     from tokenloom.worker.weights import Weights
 
@@ -163,7 +162,7 @@ def _take_memory(
     """Returns zeros for the weights, and what fills them."""
     stored = interpret(read_tensors(folder), config)
     formats = choose_formats(
-        matrix_names(config),
+        matrices(config),
         stored,
         own=config.quantized_to,
         quantize=configure.quantize,

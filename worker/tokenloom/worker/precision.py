@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING
 
 from tokenloom.worker.errors import CheckpointError, LoadError
 from tokenloom.worker.formats import Format, FourBits, format_named
+from tokenloom.worker.matrices import HEAD, Matrix
 from tokenloom.worker.quantized import stored_format
-from tokenloom.worker.weights import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def choose_formats(
-    names: Iterable[str],
+    matrices: Iterable[Matrix],
     stored: Mapping[str, Stored],
     *,
     own: str | None,
@@ -33,8 +32,8 @@ def choose_formats(
     the head, in a checkpoint that has none quantized itself; `quantize_lm_head` adds the head.
 
     Args:
-        names: Of the matrices that may be quantized.
-        stored: What the checkpoint has, by name.
+        matrices: Those that may be quantized.
+        stored: What the checkpoint has, by a tensor's name.
         own: What its config.json says that it is quantized to; None: dense.
         quantize: As `--quantize`.
         quantize_lm_head: As `--quantize-lm-head`.
@@ -56,20 +55,23 @@ def choose_formats(
         )
     chosen = {}
     uneven = []
-    for name in names:
-        if name not in stored:
+    for matrix in matrices:
+        tensor = stored.get(f"{matrix.name}.weight")
+        if tensor is None:
             continue  # told later, with all that are missing
-        found = stored_format(stored[name])
+        found = stored_format(tensor)
         if found is not None and found.name != own:
-            raise CheckpointError(f"tensor {name} is {found.name}; config.json says {own}")
-        rounded_to = of_head if name == HEAD else wanted if own is None else None
-        even = _is_even(stored[name].shape, found or rounded_to)
+            raise CheckpointError(
+                f"tensor {matrix.name}.weight is {found.name}; config.json says {own}"
+            )
+        rounded_to = of_head if matrix.name == HEAD else wanted if own is None else None
+        even = _is_even(matrix, found or rounded_to)
         if not even:
-            uneven.append(name)
+            uneven.append(matrix.name)
         if found is not None:
-            chosen[name] = found
+            chosen[matrix.name] = found
         elif rounded_to is not None and even:
-            chosen[name] = rounded_to
+            chosen[matrix.name] = rounded_to
     if uneven:
         _log.warning(
             "%d matrices are kept dense, as %s: their inputs are no multiple of a block of 4 bits",
@@ -79,6 +81,6 @@ def choose_formats(
     return chosen
 
 
-def _is_even(shape: tuple[int, ...], wanted: Format | None) -> bool:
+def _is_even(matrix: Matrix, wanted: Format | None) -> bool:
     """Returns whether each row of a matrix is whole blocks."""
-    return not isinstance(wanted, FourBits) or math.prod(shape[1:]) % wanted.block_size == 0
+    return not isinstance(wanted, FourBits) or matrix.num_inputs % wanted.block_size == 0

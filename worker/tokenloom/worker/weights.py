@@ -27,20 +27,13 @@ from tokenloom.worker.linears import (
     Linear,
     codebook,
 )
+from tokenloom.worker.matrices import DOWN, EMBEDDING, GATE_UP, HEAD, OUTPUT, QKV
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tokenloom.worker.config import ModelConfig
     from tokenloom.worker.filling import Place
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_OUTPUT = ("self_attn.o_proj",)
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_DOWN = ("mlp.down_proj",)
-
 
 T = TypeVar("T")
 
@@ -76,18 +69,6 @@ class Weights:
     """Shares its matrix with `embedding` where the checkpoint ties them and both are dense."""
 
 
-def matrix_names(config: ModelConfig) -> Iterator[str]:
-    """Yields the names in the checkpoint of the matrices that may be quantized, the head's last.
-
-    The embedding is none: its rows are looked up.
-    """
-    for index in range(config.num_layers):
-        for parts in (_QKV, _OUTPUT, _GATE_UP, _DOWN):
-            for part in parts:
-                yield f"model.layers.{index}.{part}.weight"
-    yield HEAD
-
-
 def allocate_weights(
     config: ModelConfig,
     *,
@@ -101,7 +82,7 @@ def allocate_weights(
 
     Args:
         config: The decoder.
-        formats: By its name in the checkpoint, what a matrix is kept in; absent ones are dense.
+        formats: By its name, what a matrix is kept in; absent ones are dense.
         dtype: Of the activations and of all that is not quantized.
         device: Where the memory is.
     """
@@ -111,7 +92,7 @@ def allocate_weights(
     def linear(
         layer: int, parts: tuple[str, ...], num_outputs: int, num_inputs: int, *, bias: bool
     ) -> Linear:
-        own = {formats.get(f"model.layers.{layer}.{part}.weight") for part in parts}
+        own = {formats.get(f"model.layers.{layer}.{part}") for part in parts}
         common = own.pop() if len(own) == 1 else None
         return memory.linear(num_outputs, num_inputs, common, bias=bias)
 
@@ -121,13 +102,13 @@ def allocate_weights(
     layers = tuple(
         LayerWeights(
             attention_norm=zeros(hidden),
-            qkv=linear(index, _QKV, num_qkv, hidden, bias=config.qkv_bias),
+            qkv=linear(index, QKV, num_qkv, hidden, bias=config.qkv_bias),
             q_norm=zeros(head_dim) if config.qk_norm else None,
             k_norm=zeros(head_dim) if config.qk_norm else None,
-            output=linear(index, _OUTPUT, hidden, num_mixed, bias=config.o_bias),
+            output=linear(index, OUTPUT, hidden, num_mixed, bias=config.o_bias),
             mlp_norm=zeros(hidden),
-            gate_up=linear(index, _GATE_UP, num_gate_up, hidden, bias=config.mlp_bias),
-            down=linear(index, _DOWN, hidden, config.intermediate_size, bias=config.mlp_bias),
+            gate_up=linear(index, GATE_UP, num_gate_up, hidden, bias=config.mlp_bias),
+            down=linear(index, DOWN, hidden, config.intermediate_size, bias=config.mlp_bias),
         )
         for index in range(config.num_layers)
     )
@@ -210,11 +191,11 @@ def outline(weights: T) -> T:
 def destinations(config: ModelConfig, weights: Weights) -> dict[str, Place]:
     """Returns, by its name in the checkpoint, the memory that each tensor goes to."""
     places: dict[str, Place] = {
-        EMBEDDING: weights.embedding,
+        f"{EMBEDDING}.weight": weights.embedding,
         "model.norm.weight": weights.final_norm,
     }
     if not (isinstance(weights.head, DenseLinear) and weights.head.weight is weights.embedding):
-        places[HEAD] = weights.head
+        places[f"{HEAD}.weight"] = weights.head
     for index, layer in enumerate(weights.layers):
         for name, place in _layer_destinations(config, layer):
             places[f"model.layers.{index}.{name}"] = place
@@ -228,10 +209,10 @@ def _layer_destinations(config: ModelConfig, layer: LayerWeights) -> Iterator[tu
     if layer.q_norm is not None and layer.k_norm is not None:
         yield "self_attn.q_norm.weight", layer.q_norm
         yield "self_attn.k_norm.weight", layer.k_norm
-    yield from _split(layer.qkv, _QKV, (num_q, num_kv, num_kv))
-    yield from _split(layer.output, _OUTPUT, (config.hidden_size,))
-    yield from _split(layer.gate_up, _GATE_UP, (config.intermediate_size,) * 2)
-    yield from _split(layer.down, _DOWN, (config.hidden_size,))
+    yield from _split(layer.qkv, QKV, (num_q, num_kv, num_kv))
+    yield from _split(layer.output, OUTPUT, (config.hidden_size,))
+    yield from _split(layer.gate_up, GATE_UP, (config.intermediate_size,) * 2)
+    yield from _split(layer.down, DOWN, (config.hidden_size,))
 
 
 def _split(

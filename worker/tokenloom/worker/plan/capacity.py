@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.gpus import GPUS, Gpu
+from tokenloom.worker.matrices import HEAD, matrices
 from tokenloom.worker.memory import (
     CUDA_BYTES,
     CUDA_STEP_TOKENS,
@@ -26,14 +27,12 @@ from tokenloom.worker.memory import (
     scratch_bytes,
 )
 from tokenloom.worker.plan.sizes import (
-    HEAD,
     ITEM_BYTES,
     Dense,
     Form,
     FourBit,
     WeightBytes,
     all_dense,
-    matrices,
     num_weights,
     shard,
     weight_bytes,

@@ -15,10 +15,10 @@ from pathlib import Path
 from tokenloom.worker.checkpoint import read_config, read_tensors
 from tokenloom.worker.config import Json, ModelConfig
 from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
+from tokenloom.worker.matrices import EMBEDDING, HEAD, Matrix, matrices
 from tokenloom.worker.plan.capacity import Checkpoint, Stored
-from tokenloom.worker.plan.sizes import HEAD, EightBit, Form, FourBit, Matrix, matrices
+from tokenloom.worker.plan.sizes import EightBit, Form, FourBit
 
-_EMBEDDING = "model.embed_tokens"
 _QUANTIZATION = "quantization_config"
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of bitsandbytes."""
@@ -128,7 +128,7 @@ def _check_shapes(
         for matrix in matrices(config)
         if matrix.name != HEAD or not config.tied_embeddings
     }
-    expected[_EMBEDDING] = (config.vocab_size, config.hidden_size)
+    expected[EMBEDDING] = (config.vocab_size, config.hidden_size)
     for name, shape in expected.items():
         header = headers.get(f"{name}.weight")
         if header is None:

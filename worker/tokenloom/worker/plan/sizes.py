@@ -11,13 +11,13 @@ How the ranks of a group share a decoder:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.matrices import HEAD, Matrix, matrices
 
-HEAD = "lm_head"
 BLOCK_SIZE = 64
 """Weights that share a scale where 4-bit weights are made by the worker itself."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -42,21 +42,6 @@ class EightBit:
 
 
 Form: TypeAlias = Dense | FourBit | EightBit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """A projection, under its checkpoint's name."""
-
-    name: str
-    num_outputs: int
-    num_inputs: int
-    has_bias: bool = False
-
-    @property
-    def num_weights(self) -> int:
-        """Without the bias."""
-        return self.num_outputs * self.num_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,30 +89,6 @@ def shard(config: ModelConfig, num_ranks: int) -> ModelConfig:
         num_kv_heads=max(1, config.num_kv_heads // num_ranks),
         intermediate_size=config.intermediate_size // num_ranks,
     )
-
-
-def matrices(config: ModelConfig) -> Iterator[Matrix]:
-    """Yields the matrices of all layers and the head, which is there if it is tied, too."""
-    hidden, width = config.hidden_size, config.intermediate_size
-    num_q, num_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = (
-        ("self_attn.q_proj", num_q, hidden, config.qkv_bias),
-        ("self_attn.k_proj", num_kv, hidden, config.qkv_bias),
-        ("self_attn.v_proj", num_kv, hidden, config.qkv_bias),
-        ("self_attn.o_proj", hidden, num_q, config.o_bias),
-        ("mlp.gate_proj", width, hidden, config.mlp_bias),
-        ("mlp.up_proj", width, hidden, config.mlp_bias),
-        ("mlp.down_proj", hidden, width, config.mlp_bias),
-    )
-    for layer in range(config.num_layers):
-        for name, num_outputs, num_inputs, has_bias in shapes:
-            yield Matrix(
-                name=f"model.layers.{layer}.{name}",
-                num_outputs=num_outputs,
-                num_inputs=num_inputs,
-                has_bias=has_bias,
-            )
-    yield Matrix(name=HEAD, num_outputs=config.vocab_size, num_inputs=hidden)
 
 
 def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int) -> WeightBytes:

@@ -31,9 +31,9 @@ from tokenloom.worker.checkpoint import (
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import TORCH_TYPES
 from tokenloom.worker.errors import LoadError
+from tokenloom.worker.matrices import matrices
 from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.rounding import load_bitsandbytes, stored_form
-from tokenloom.worker.weights import matrix_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -100,9 +100,8 @@ def save_quantized(
             " copy; quantize_lm_head makes one when it is served"
         )
     tensors = read_tensors(folder)
-    names = list(matrix_names(config))
     formats = choose_formats(
-        names, tensors, own=None, quantize=options.to, quantize_lm_head=options.lm_head
+        matrices(config), tensors, own=None, quantize=options.to, quantize_lm_head=options.lm_head
     )
     # What transformers computes in, and so rounds to before it quantizes.
     dtype = getattr(torch, config.dtype or "float32")
@@ -110,15 +109,16 @@ def save_quantized(
         shards = _Shards(fresh)
         for index, (name, stored) in enumerate(tensors.items()):
             values = _read(stored)
-            if name in formats:
+            wanted = formats.get(name.removesuffix(".weight"))
+            if wanted is not None:
                 values = values.to(device).to(dtype)
-                shards.add(stored_form(name, values, formats[name], nested=options.nested))
+                shards.add(stored_form(name, values, wanted, nested=options.nested))
             else:
                 shards.add({name: values})
             report((index + 1) / len(tensors))
         num_bytes = shards.finish()
         _copy_others(folder, fresh)
-        dense = (name for name in names if name not in formats)
+        dense = (matrix.name for matrix in matrices(config) if matrix.name not in formats)
         own = _quantization_config(options, config.dtype or "float32", dense)
         saved = {**content, "quantization_config": own}
         (fresh / CONFIG_FILE).write_text(json.dumps(saved, indent=2) + "\n")
@@ -190,7 +190,7 @@ def _quantization_config(
     """Returns what transformers' BitsAndBytesConfig writes."""
     four_bit = options.to != "int8"
     # A module is skipped whose name ends so: `lm_head`, or `mlp.down_proj` in all layers.
-    skipped = {name.removesuffix(".weight").split(".", 3)[-1] for name in dense}
+    skipped = {name.split(".", 3)[-1] for name in dense}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": four_bit,
