@@ -29,11 +29,12 @@ from tokenloom.worker.checkpoint import interpret, read_config, read_tensors
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import CheckpointError, LoadError, UnsupportedModelError
-from tokenloom.worker.filling import match
+from tokenloom.worker.filling import Filling, match
 from tokenloom.worker.formats import CODEBOOKS, stored_format_name
 from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear, Linear
 from tokenloom.worker.matrices import matrices
 from tokenloom.worker.options import WorkerOptions
+from tokenloom.worker.plan.sizes import WeightBytes, weight_bytes
 from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.weights import (
@@ -55,10 +56,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "STAGE_BYTES", 1500)
 
 
-def load_weights(
+def take_memory(
     folder: Path, *, quantize: str = "none", lm_head: bool = False, dtype: str = "float32"
-) -> Weights:
-    """Returns the weights as a GPU keeps them."""
+) -> tuple[Weights, list[Filling], WeightBytes]:
+    """Returns the weights as a GPU keeps them, what fills them, and what is planned for them."""
     config = ModelConfig.parse(read_config(folder))
     stored = interpret(read_tensors(folder), config)
     formats = choose_formats(
@@ -70,6 +71,15 @@ def load_weights(
     )
     weights = allocate_weights(config, formats=formats, dtype=DTYPES[dtype], device=CPU)
     fillings = match(stored, destinations(config, weights), formats=formats, dtype=DTYPES[dtype])
+    forms = {matrix.name: formats.get(matrix.name) for matrix in matrices(config)}
+    return weights, fillings, weight_bytes(config, forms, DTYPES[dtype].itemsize)
+
+
+def load_weights(
+    folder: Path, *, quantize: str = "none", lm_head: bool = False, dtype: str = "float32"
+) -> Weights:
+    """Returns the weights as a GPU keeps them."""
+    weights, fillings, _ = take_memory(folder, quantize=quantize, lm_head=lm_head, dtype=dtype)
     with Copying(fillings, CPU, num_threads=3) as under_way:
         under_way.wait(lambda _: None)
     return weights
@@ -264,6 +274,19 @@ def test_a_quantized_checkpoint_may_have_a_quantized_head(tmp_path: Path) -> Non
     model = quantize_checkpoint(tmp_path / "dense", tmp_path / "out", "nf4", skipped=["down_proj"])
     assert isinstance(load_weights(tmp_path / "out").head, FourBitLinear)
     assert complete(configuration(str(tmp_path / "out"))) == generate(model, PROMPT, 12)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_quantized_weights_take_what_is_planned_for_them(
+    tmp_path: Path, name: str, quantize: str, lm_head: bool
+) -> None:
+    make_checkpoint(tmp_path, name)
+    _, fillings, planned = take_memory(
+        tmp_path, quantize=quantize, lm_head=lm_head and quantize != "none", dtype="bfloat16"
+    )
+    assert sum(filling.num_place_bytes for filling in fillings) == planned.total
 
 
 def test_a_cpu_keeps_the_rounded_values_dense_and_says_so(tmp_path: Path) -> None:

@@ -77,12 +77,20 @@ _BY_NAME: Mapping[str, Format | None] = {
     "int8": EightBits(),
 }
 
+FORMAT_NAMES = tuple(_BY_NAME)
+"""What `--quantize` may be."""
+
 
 def format_named(name: str) -> Format | None:
     """Returns what `--quantize` means; None is dense. Raises LoadError."""
     if name not in _BY_NAME:
-        raise LoadError(f"quantize is {name!r}; it must be one of {', '.join(_BY_NAME)}")
+        raise LoadError(f"quantize is {name!r}; it must be one of {', '.join(FORMAT_NAMES)}")
     return _BY_NAME[name]
+
+
+def fits(wanted: Format | None, num_inputs: int) -> bool:
+    """Returns whether each row of a matrix with so many inputs is whole blocks."""
+    return not isinstance(wanted, FourBits) or num_inputs % wanted.block_size == 0
 
 
 def stored_format_name(quantization_config: object) -> str | None:

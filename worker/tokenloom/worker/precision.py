@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from tokenloom.worker.errors import CheckpointError, LoadError
-from tokenloom.worker.formats import Format, FourBits, format_named
+from tokenloom.worker.formats import Format, fits, format_named
 from tokenloom.worker.matrices import HEAD, Matrix
 from tokenloom.worker.quantized import stored_format
 
@@ -65,7 +65,7 @@ def choose_formats(
                 f"tensor {matrix.name}.weight is {found.name}; config.json says {own}"
             )
         rounded_to = of_head if matrix.name == HEAD else wanted if own is None else None
-        even = _is_even(matrix, found or rounded_to)
+        even = fits(found or rounded_to, matrix.num_inputs)
         if not even:
             uneven.append(matrix.name)
         if found is not None:
@@ -79,8 +79,3 @@ def choose_formats(
             uneven[0],
         )
     return chosen
-
-
-def _is_even(matrix: Matrix, wanted: Format | None) -> bool:
-    """Returns whether each row of a matrix is whole blocks."""
-    return not isinstance(wanted, FourBits) or matrix.num_inputs % wanted.block_size == 0

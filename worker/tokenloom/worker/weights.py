@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar, assert_never
 import torch
 from torch import Tensor
 
-from tokenloom.worker.formats import EightBits, Format, FourBits
+from tokenloom.worker.formats import EightBits, Format, FourBits, fits
 from tokenloom.worker.linears import (
     DenseLinear,
     EightBitLinear,
@@ -137,7 +137,7 @@ class _Memory:
         self, num_outputs: int, num_inputs: int, wanted: Format | None, *, bias: bool
     ) -> Linear:
         own_bias = self.zeros(num_outputs) if bias else None
-        if isinstance(wanted, FourBits) and num_inputs % wanted.block_size:
+        if not fits(wanted, num_inputs):
             wanted = None  # blocks run over the ends of rows
         match wanted:
             case None:

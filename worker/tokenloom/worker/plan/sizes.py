@@ -16,32 +16,15 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.formats import EightBits, Format, FourBits
 from tokenloom.worker.matrices import HEAD, Matrix, matrices
 
-BLOCK_SIZE = 64
-"""Weights that share a scale where 4-bit weights are made by the worker itself."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SCALE_BYTES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dense:
-    """In the type of the activations."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FourBit:
-    """Codes of half a byte, and a float32 scale for each `block_size` inputs."""
-
-    block_size: int = BLOCK_SIZE
-
-
-@dataclass(frozen=True, kw_only=True)
-class EightBit:
-    """Codes of a byte, and a float32 scale for each output."""
-
-
-Form: TypeAlias = Dense | FourBit | EightBit
+Form: TypeAlias = Format | None
+"""None: in the type of the activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +88,7 @@ def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int
         num_bytes = _matrix_bytes(matrix, form, item_bytes)
         if matrix.name != HEAD:
             layers += num_bytes
-        elif not (config.tied_embeddings and form == Dense()):
+        elif not (config.tied_embeddings and form is None):
             head = num_bytes
     embedding = config.vocab_size * config.hidden_size * item_bytes
     return WeightBytes(layers=layers, embedding=embedding, head=head)
@@ -113,7 +96,7 @@ def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int
 
 def all_dense(config: ModelConfig) -> dict[str, Form]:
     """Returns the forms of a decoder without quantization."""
-    return {matrix.name: Dense() for matrix in matrices(config)}
+    return {matrix.name: None for matrix in matrices(config)}
 
 
 def num_weights(config: ModelConfig) -> int:
@@ -124,12 +107,12 @@ def num_weights(config: ModelConfig) -> int:
 def _matrix_bytes(matrix: Matrix, form: Form, item_bytes: int) -> int:
     bias = matrix.num_outputs * item_bytes if matrix.has_bias else 0
     match form:
-        case Dense():
+        case None:
             return matrix.num_weights * item_bytes + bias
-        case FourBit():
+        case FourBits():
             num_blocks = matrix.num_weights // form.block_size
             return matrix.num_weights // 2 + num_blocks * _SCALE_BYTES + bias
-        case EightBit():
+        case EightBits():
             return matrix.num_weights + matrix.num_outputs * _SCALE_BYTES + bias
         case _:
             assert_never(form)
