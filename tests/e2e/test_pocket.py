@@ -58,11 +58,6 @@ def test_held_out_questions_are_answered_right_when_quantized(options: tuple[str
         assert server.stop() == 0
 
 
-def test_a_format_that_is_none_is_refused_before_anything_starts() -> None:
-    with Server.of_model(POCKET, "--quantize", "int4") as server:
-        assert server.scheduler.wait(60) == 2
-
-
 def test_a_seeded_request_gives_the_same_alone_and_among_63_others(client: Client) -> None:
     def draw(seed: int) -> tuple[int, ...]:
         result = client.generate(

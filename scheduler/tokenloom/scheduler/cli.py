@@ -153,7 +153,7 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize-lm-head",
         action="store_true",
-        help="quantize the head with the other matrices",
+        help="quantize the head, too",
     )
     parser.add_argument(
         "--prefix-cache",
