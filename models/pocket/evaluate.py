@@ -1,10 +1,13 @@
-"""Held-out exact-match accuracy of a pocket model's folder, by task.
+"""Held-out exact-match accuracy of a pocket model, by task: of a folder, or through a server.
 
 python -m models.pocket.evaluate models/pocket
+python -m models.pocket.evaluate --server localhost:50051
 """
 
 import argparse
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,8 +19,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tokenloom.client import Client
+
 from . import tasks
-from .train import FourBitWeights, linear_layers
 
 
 def load(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -25,14 +29,6 @@ def load(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenize
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
-
-
-def round_to_four_bits(model: PreTrainedModel) -> None:
-    """Replace the decoder's linear weights by what an NF4 store in blocks of 64 keeps."""
-    four_bit = FourBitWeights(torch.ones((), device=model.device))
-    with torch.inference_mode():
-        for layer in linear_layers(model):
-            layer.weight.copy_(four_bit(layer.weight.float()))
 
 
 def answers(
@@ -76,27 +72,49 @@ def answers(
     return replies
 
 
+def served_answers(
+    client: Client, prompts: list[str], batch: int, max_new_tokens: int = 256
+) -> list[str]:
+    """Return a server's greedy replies to single-turn prompts, in the order given."""
+
+    def answer(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return client.chat(messages, temperature=0, max_tokens=max_new_tokens).result().text
+
+    with ThreadPoolExecutor(batch) as threads:
+        return list(threads.map(answer, prompts))
+
+
+def asking(folder: Path | None, server: str | None, batch: int) -> Callable[[list[str]], list[str]]:
+    """Return what answers prompts: the model of a folder, or a server."""
+    if folder is None:
+        assert server is not None
+        client = Client(server)
+        return lambda prompts: served_answers(client, prompts, batch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(folder, device)
+    return lambda prompts: answers(model, tokenizer, prompts, batch)
+
+
 def main() -> None:
     """Evaluate and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description="Evaluate the pocket model.")
-    parser.add_argument("folder", type=Path, help="folder with config.json and the weights")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("folder", nargs="?", type=Path, help="with config.json and the weights")
+    source.add_argument("--server", metavar="HOST:PORT", help="a tokenloom that serves the model")
     parser.add_argument("--count", type=int, default=400, help="prompts of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=125)
     parser.add_argument("--tasks", nargs="*", default=list(tasks.TASKS), choices=tasks.TASKS)
-    parser.add_argument("--four-bit", action="store_true", help="round weights to NF4 first")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--misses", type=int, default=0, help="show so many misses of each task")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load(options.folder, device)
-    if options.four_bit:
-        round_to_four_bits(model)
+    ask = asking(options.folder, options.server, options.batch)
     report: dict[str, dict[str, float]] = {}
     for task in options.tasks:
         examples = tasks.held_out(task, options.count, options.seed)
         prompts = [example.prompt for example in examples]
-        replies = answers(model, tokenizer, prompts, options.batch)
+        replies = ask(prompts)
         misses = [
             (example, reply)
             for example, reply in zip(examples, replies, strict=True)

@@ -92,6 +92,7 @@ def test_entry_points_of_the_wheels_load(wheels: Mapping[str, Path], tmp_path: P
     assert printed.splitlines() == [
         "console_scripts: tokenloom True",
         "tokenloom.commands: plan True",
+        "tokenloom.commands: quantize True",
         "tokenloom.commands: scheduler True",
         "tokenloom.commands: serve True",
         "tokenloom.commands: worker True",

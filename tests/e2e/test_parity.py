@@ -19,7 +19,14 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.e2e.server import Server
-from tests.worker.checkpoints import VOCAB_SIZE, generate, has_tie, make_checkpoint
+from tests.worker.checkpoints import (
+    VOCAB_SIZE,
+    generate,
+    has_tie,
+    load_quantized,
+    make_checkpoint,
+    skipped,
+)
 from tokenloom.client import Client, FinishReason
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket"
@@ -42,24 +49,32 @@ class Truth:
     position_bytes: int
     prompts: list[list[int]]
     expected: list[list[int]]
+    quantize: str
 
 
-def random_truth(folder: Path, name: str) -> Truth:
+def random_truth(folder: Path, name: str, quantize: str) -> Truth:
     model = make_checkpoint(folder, name)
+    if quantize != "none":
+        model = load_quantized(folder, quantize, skipped=skipped(name, quantize))
     vocab = {f"<{token}>": token for token in range(VOCAB_SIZE)}
     Tokenizer(models.WordLevel(vocab, unk_token="<0>")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({}))
-    return truth(folder, model, VOCAB_SIZE, POSITION_BYTES[name])
+    return truth(folder, model, VOCAB_SIZE, POSITION_BYTES[name], quantize)
 
 
-def pocket_truth() -> Truth:
-    model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32).eval()
+def pocket_truth(quantize: str) -> Truth:
+    if quantize == "none":
+        model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32).eval()
+    else:
+        model = load_quantized(POCKET, quantize)
     config = model.config
     position_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
-    return truth(POCKET, model, config.vocab_size, position_bytes)
+    return truth(POCKET, model, config.vocab_size, position_bytes, quantize)
 
 
-def truth(folder: Path, model: PreTrainedModel, vocab_size: int, position_bytes: int) -> Truth:
+def truth(
+    folder: Path, model: PreTrainedModel, vocab_size: int, position_bytes: int, quantize: str
+) -> Truth:
     # Ends are for other tests; here every completion has its full length.
     model.generation_config.eos_token_id = None
     rng = np.random.default_rng(5)
@@ -73,20 +88,34 @@ def truth(folder: Path, model: PreTrainedModel, vocab_size: int, position_bytes:
         if not has_tie(model, prompt, completion):
             prompts.append(prompt)
             expected.append(completion)
-    return Truth(folder=folder, position_bytes=position_bytes, prompts=prompts, expected=expected)
+    return Truth(
+        folder=folder,
+        position_bytes=position_bytes,
+        prompts=prompts,
+        expected=expected,
+        quantize=quantize,
+    )
 
 
-@pytest.fixture(scope="module", params=[*RANDOM, "pocket"])
+CASES = (*(f"{name} none" for name in (*RANDOM, "pocket")), "llama int8", "pocket nf4")
+
+
+@pytest.fixture(scope="module", params=CASES)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
     torch.set_num_threads(1)
-    if request.param == "pocket":
-        return pocket_truth()
-    return random_truth(tmp_path_factory.mktemp(request.param), request.param)
+    name, quantize = request.param.split()
+    if name == "pocket":
+        return pocket_truth(quantize)
+    return random_truth(tmp_path_factory.mktemp(name), name, quantize)
+
+
+def options(subject: Truth) -> tuple[str, ...]:
+    return ("--dtype", "float32", "--quantize", subject.quantize)
 
 
 @pytest.fixture(scope="module")
 def roomy(subject: Truth) -> Iterator[Server]:
-    with Server.of_model(subject.folder, "--dtype", "float32") as server:
+    with Server.of_model(subject.folder, *options(subject)) as server:
         yield server
 
 
@@ -133,7 +162,7 @@ def test_chunked_prefill_and_preemption_change_nothing(subject: Truth) -> None:
     pool_bytes = 2 * (longest + 16) * subject.position_bytes
     with Server.of_model(
         subject.folder,
-        *("--dtype", "float32"),
+        *options(subject),
         *("--max-num-requests", "12", "--max-step-tokens", "13"),
         *("--max-model-tokens", str(longest)),
         *("--kv-cache-bytes", str(pool_bytes)),

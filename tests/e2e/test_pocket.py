@@ -33,16 +33,29 @@ def ask(client: Client, prompt: str) -> str:
     return result.text
 
 
-def test_held_out_questions_are_answered_right(client: Client) -> None:
+def wrong_answers(client: Client) -> list[tuple[str, str]]:
     examples = [example for task in TASKS for example in tasks.held_out(task, 8, seed=3)]
     with ThreadPoolExecutor(len(examples)) as threads:
         answers = list(threads.map(lambda example: ask(client, example.prompt), examples))
-    wrong = [
+    return [
         (example.prompt, answer)
         for example, answer in zip(examples, answers, strict=True)
         if answer != example.answer
     ]
-    assert len(wrong) <= 1, wrong
+
+
+def test_held_out_questions_are_answered_right(client: Client) -> None:
+    assert len(wrong_answers(client)) <= 1
+
+
+@pytest.mark.parametrize(
+    "options", [("nf4",), ("fp4",), ("int8",), ("nf4", "--quantize-lm-head")], ids=" ".join
+)
+def test_held_out_questions_are_answered_right_when_quantized(options: tuple[str, ...]) -> None:
+    with Server.of_model(POCKET, "--quantize", *options) as server:
+        with server.client() as client:
+            assert len(wrong_answers(client)) <= 1
+        assert server.stop() == 0
 
 
 def test_a_seeded_request_gives_the_same_alone_and_among_63_others(client: Client) -> None:

@@ -84,6 +84,7 @@ def test_every_field_of_the_configuration_has_an_option(
         "served_name": "parrot",
         "num_fronts": 2,
         "dtype": "float32",
+        "quantize": "nf4",
         "max_model_tokens": 77,
         "max_num_requests": 5,
         "max_step_tokens": 6,
@@ -96,14 +97,16 @@ def test_every_field_of_the_configuration_has_an_option(
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
-    options += ["--listen=0.0.0.0:0", "--no-prefix-cache"]
+    options += ["--listen=0.0.0.0:0", "--no-prefix-cache", "--quantize-lm-head"]
     cli.serve([str(checkpoint), f"--run-dir={run_dir}", *options])
     for field in fields(SchedulerConfig):
         if field.name in settings:
             assert getattr(started.config, field.name) == settings[field.name]
         else:
-            assert field.name in {"model", "run_dir", "listen", "prefix_cache"}
+            own = {"model", "run_dir", "listen", "prefix_cache", "quantize_lm_head"}
+            assert field.name in own
     assert not started.config.prefix_cache
+    assert started.config.quantize_lm_head
     host, port = started.config.listen.split(":")
     assert host == "0.0.0.0"
     assert int(port) > 0  # known before two fronts share it
@@ -125,6 +128,7 @@ def test_bad_options_are_refused_with_code_2(
         ([str(tmp_path / "none")], "there is no folder"),
         ([str(tmp_path)], "has no config.json"),
         ([model, "--max-num-requests=0"], "max_num_requests is 0; it must be at least 1"),
+        ([model, "--quantize=int4"], "quantize is 'int4'; it must be one of none, nf4, fp4, int8"),
         ([model, f"--run-dir={open_dir}"], "has mode 755"),
         ([model, f"--run-dir={tmp_path / ('x' * 200)}"], "at most 107 work"),
         ([model, f"--run-dir={checkpoint / 'config.json'}"], "cannot be made"),

@@ -13,7 +13,6 @@ from tokenloom.worker.gpus import Gpu
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.plan.capacity import Precision, Serving, make_plan
 from tokenloom.worker.plan.reading import read_checkpoint
-from tokenloom.worker.plan.sizes import Dense
 from tokenloom.worker.runner import ModelRunner
 
 FRACTION = 0.05
@@ -37,7 +36,7 @@ def test_a_worker_takes_the_memory_that_was_planned(tmp_path: Path) -> None:
         kv_memory_fraction=FRACTION,
     )
     gpu = Gpu(name="this", memory_bytes=total, datasheet_bytes_per_s=None)
-    precision = Precision(label="bfloat16", form=Dense())
+    precision = Precision(label="bfloat16", form=None)
     (row,) = make_plan(read_checkpoint(str(tmp_path)), serving, (precision,), gpu).rows
     assert row.weights_bytes == ready.weights_bytes
     assert row.pools[0].num_bytes == pytest.approx(ready.kv_bytes, rel=0.03)

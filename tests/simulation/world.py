@@ -143,6 +143,8 @@ class World:
                 world_size=1,
                 model="fake",
                 dtype="auto",
+                quantize="none",
+                quantize_lm_head=False,
                 max_model_tokens=None,
                 max_num_requests=self.limits.max_num_requests,
                 max_step_tokens=None,

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 VOCAB_SIZE = 96
 
@@ -76,6 +81,64 @@ def make_checkpoint(folder: Path, name: str, *, max_shard_size: str = "1GB") -> 
             # Far from the initial values, so that norms, biases and ties matter.
             parameter.add_(torch.randn_like(parameter) * 0.15)
     model.eval().save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+FOUR_BIT = {"load_in_4bit": True}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "nf4": FOUR_BIT | {"bnb_4bit_quant_type": "nf4"},
+    "fp4": FOUR_BIT | {"bnb_4bit_quant_type": "fp4"},
+    "nf4-nested": FOUR_BIT | {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4-in-bfloat16": FOUR_BIT
+    | {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.bfloat16},
+    "int8": {"load_in_8bit": True},
+}
+"""What transformers' BitsAndBytesConfig takes."""
+
+
+def skipped(name: str, quantized: str) -> list[str]:
+    """Returns the modules to leave dense: the head, and those whose rows are no whole blocks.
+
+    On a CPU bitsandbytes takes each row for the beginning of a block, which is wrong for these.
+    """
+    if quantized == "int8":
+        return ["lm_head"]
+    return ["lm_head", "down_proj", *(["o_proj"] if name == "qwen3" else [])]
+
+
+def load_quantized(
+    folder: Path, quantized: str, *, skipped: Sequence[str] | None = None
+) -> PreTrainedModel:
+    """Returns transformers' model of a dense checkpoint, which bitsandbytes quantizes."""
+    return computing_exactly(_quantized_model(folder, quantized, skipped))
+
+
+def quantize_checkpoint(
+    folder: Path, out: Path, quantized: str, *, skipped: Sequence[str] | None = None
+) -> PreTrainedModel:
+    """Writes what transformers makes of a dense checkpoint, and returns its model of that."""
+    _quantized_model(folder, quantized, skipped).save_pretrained(out)
+    return computing_exactly(AutoModelForCausalLM.from_pretrained(out, device_map="cpu"))
+
+
+def _quantized_model(
+    folder: Path, quantized: str, skipped: Sequence[str] | None
+) -> PreTrainedModel:
+    config = BitsAndBytesConfig(
+        llm_int8_skip_modules=None if skipped is None else list(skipped), **QUANTIZED[quantized]
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+
+
+def computing_exactly(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a quantized model whose activations are neither rounded to 16 bits nor to 8."""
+    if getattr(model, "is_loaded_in_8bit", False):
+        return model.dequantize()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

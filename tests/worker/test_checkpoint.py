@@ -89,7 +89,7 @@ def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Te
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("model.norm.weight"), "1 tensors are missing .* model.norm.weight"),
+        (without("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
         (without("lm_head.weight"), "lm_head.weight"),
         (with_tensor("model.layers.3.extra", torch.ones(1)), "model.layers.3.extra .* expected"),
         (with_tensor("model.norm.weight", torch.ones(65)), r"shape \(65,\); \(64,\) is expected"),
@@ -147,7 +147,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> Non
         ({"architectures": ["MixtralForCausalLM"]}, "supported are LlamaForCausalLM, Mistral"),
         ({"architectures": None}, "supported are LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized by 'gptq'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is not supported; supported"),
     ],
 )

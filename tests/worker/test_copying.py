@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenloom.worker import copying
-from tokenloom.worker.checkpoint import match
+from tokenloom.worker.checkpoint import read_tensors
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import CheckpointError
+from tokenloom.worker.filling import Filling, match
 from tokenloom.worker.stored import stored_tensors
 
 CPU = torch.device("cpu")
@@ -35,6 +36,10 @@ def places_for(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
     return {name: torch.full(tensor.shape, 9, dtype=dtype) for name, tensor in tensors.items()}
 
 
+def fillings(folder: Path, places: Mapping[str, Tensor]) -> list[Filling]:
+    return match(read_tensors(folder), places, formats={}, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("num_threads", [1, 4])
 @pytest.mark.parametrize("stage_bytes", [16, 96, 1024 * 1024])
 def test_every_element_reaches_its_place(
@@ -43,7 +48,7 @@ def test_every_element_reaches_its_place(
     monkeypatch.setattr(copying, "STAGE_BYTES", stage_bytes)
     tensors = saved(tmp_path)
     places = places_for(tensors, torch.float32)
-    with Copying(match(tmp_path, places), CPU, num_threads=num_threads) as under_way:
+    with Copying(fillings(tmp_path, places), CPU, num_threads=num_threads) as under_way:
         under_way.wait(lambda _: None)
     for name, tensor in tensors.items():
         assert torch.equal(places[name], tensor), name
@@ -57,7 +62,7 @@ def test_tensors_of_another_type_are_converted(
     monkeypatch.setattr(copying, "STAGE_BYTES", 64)
     tensors = saved(tmp_path, stored)
     places = places_for(tensors, torch.float32)
-    with Copying(match(tmp_path, places), CPU) as under_way:
+    with Copying(fillings(tmp_path, places), CPU) as under_way:
         under_way.wait(lambda _: None)
     for name, tensor in tensors.items():
         assert torch.equal(places[name], tensor.to(torch.float32)), name
@@ -69,7 +74,7 @@ def test_the_fraction_that_is_told_grows_up_to_one(
     monkeypatch.setattr(copying, "STAGE_BYTES", 16)
     places = places_for(saved(tmp_path), torch.float32)
     told: list[float] = []
-    with Copying(match(tmp_path, places), CPU, num_threads=3) as under_way:
+    with Copying(fillings(tmp_path, places), CPU, num_threads=3) as under_way:
         under_way.wait(told.append)
     assert told == sorted(told)
     assert told[-1] == 1.0
@@ -77,7 +82,7 @@ def test_the_fraction_that_is_told_grows_up_to_one(
 
 def test_a_file_that_shrank_after_its_header_was_read_is_an_error(tmp_path: Path) -> None:
     places = places_for(saved(tmp_path), torch.float32)
-    matched = match(tmp_path, places)
+    matched = fillings(tmp_path, places)
     path = tmp_path / "model.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size - 1])
@@ -93,7 +98,7 @@ def test_copying_that_is_given_up_stops(tmp_path: Path, monkeypatch: pytest.Monk
     tensor = torch.zeros(200_000)
     save_file({"large": tensor}, tmp_path / "model.safetensors")
     place = torch.full_like(tensor, 9)
-    with Copying(match(tmp_path, {"large": place}), CPU):
+    with Copying(fillings(tmp_path, {"large": place}), CPU):
         pass  # no waiting: another part of the start failed
     assert (place == 9).any()
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.worker.checkpoints import CONFIGS, VOCAB_SIZE, generate, has_tie, make_checkpoint
+from tests.worker.checkpoints import (
+    CONFIGS,
+    VOCAB_SIZE,
+    generate,
+    has_tie,
+    load_quantized,
+    make_checkpoint,
+    skipped,
+)
 from tests.worker.driver import Driver, configuration, sampling
 from tokenloom.wire.messages import Step, StepDone
 from tokenloom.worker.options import WorkerOptions
@@ -26,9 +34,10 @@ class Subject:
     runner: ModelRunner
     prompts: list[list[int]]
     expected: list[list[int]]
+    quantize: str
 
     def driver(self) -> Driver:
-        configure = configuration(str(self.folder))
+        configure = configuration(str(self.folder), quantize=self.quantize)
 
         def step(step: Step) -> StepDone:
             return self.runner.launch(step).result()
@@ -51,11 +60,17 @@ def clear_prompt(model: PreTrainedModel, length: int) -> list[int]:
         seed += 1
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+QUANTIZING = ("llama nf4", "llama-tied int8", "qwen3 nf4", "mistral-window fp4")
+
+
+@pytest.fixture(scope="module", params=[*(f"{name} none" for name in CONFIGS), *QUANTIZING])
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp(request.param)
-    model = make_checkpoint(folder, request.param)
+    name, quantize = request.param.split()
+    folder = tmp_path_factory.mktemp(name)
+    model = make_checkpoint(folder, name)
+    if quantize != "none":
+        model = load_quantized(folder, quantize, skipped=skipped(name, quantize))
     prompts = [clear_prompt(model, length) for length in (1, 3, 16, 17, 40, 75)]
     return Subject(
         folder=folder,
@@ -63,6 +78,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         runner=ModelRunner(WorkerOptions(device="cpu", kv_cache_bytes=32 * 1024 * 1024)),
         prompts=prompts,
         expected=[generate(model, prompt, NUM_TOKENS) for prompt in prompts],
+        quantize=quantize,
     )
 
 

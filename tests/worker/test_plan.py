@@ -12,6 +12,7 @@ import torch
 from tests.worker.checkpoints import CONFIGS, make_checkpoint
 from tests.worker.driver import configuration
 from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.formats import EightBits, FourBits
 from tokenloom.worker.gpus import GPUS, Gpu, find_gpu
 from tokenloom.worker.kv import pool_bytes
 from tokenloom.worker.memory import block_bytes, rotary_bytes
@@ -26,7 +27,7 @@ from tokenloom.worker.plan.capacity import (
     make_plan,
 )
 from tokenloom.worker.plan.reading import read_checkpoint
-from tokenloom.worker.plan.sizes import Dense, EightBit, FourBit, all_dense
+from tokenloom.worker.plan.sizes import all_dense
 from tokenloom.worker.rotary import rotary_table
 from tokenloom.worker.runner import ModelRunner
 
@@ -61,10 +62,10 @@ QWEN_8B = parsed("Qwen3", (36, 4096, 12288, 32, 8, 151936), head_dim=128)
 QWEN_32B = parsed("Qwen3", (64, 5120, 25600, 64, 8, 151936), head_dim=128)
 LLAMA2_7B = parsed("Llama", (32, 4096, 11008, 32, 32, 32000))
 
-BFLOAT16 = Precision(label="bfloat16", form=Dense())
-INT8 = Precision(label="int8", form=EightBit())
-NF4 = Precision(label="nf4", form=FourBit())
-NF4_HEAD = Precision(label="nf4, head too", form=FourBit(), quantizes_head=True)
+BFLOAT16 = Precision(label="bfloat16", form=None)
+INT8 = Precision(label="int8", form=EightBits())
+NF4 = Precision(label="nf4", form=FourBits(codebook="nf4"))
+NF4_HEAD = Precision(label="nf4, head too", form=FourBits(codebook="nf4"), quantizes_head=True)
 
 
 SERVING = Serving(dtype="bfloat16", kv_types=("bfloat16", "fp8"), context_tokens=4096)

@@ -198,7 +198,10 @@ def test_a_checkpoint_that_is_not_as_its_config_says_is_refused(
 
 
 def store_quantized(
-    folder: Path, store: Callable[[str, torch.Tensor], dict[str, torch.Tensor]], **how: object
+    folder: Path,
+    store: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
+    *,
+    to: str = "nf4",
 ) -> None:
     """Rewrites a small checkpoint as transformers saves it: its layers' matrices in parts."""
     make_checkpoint(folder, "llama")
@@ -207,10 +210,13 @@ def store_quantized(
         is_quantized = name.endswith("_proj.weight")
         tensors |= store(name, tensor) if is_quantized else {name: tensor}
     save_file(tensors, folder / "model.safetensors")
+    how: dict[str, object] = {"load_in_4bit": True, "bnb_4bit_quant_type": to}
+    if to == "int8":
+        how = {"load_in_8bit": True}
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", **how})
 
 
-def four_bit(name: str, tensor: torch.Tensor, *, kind: str = "nf4") -> dict[str, torch.Tensor]:
+def four_bit(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     num_blocks = -(-tensor.numel() // 64)
     return {
         name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8),
@@ -218,7 +224,7 @@ def four_bit(name: str, tensor: torch.Tensor, *, kind: str = "nf4") -> dict[str,
         f"{name}.nested_absmax": torch.zeros(-(-num_blocks // 256)),
         f"{name}.quant_map": torch.zeros(16),
         f"{name}.nested_quant_map": torch.zeros(256),
-        f"{name}.quant_state.bitsandbytes__{kind}": torch.zeros(80, dtype=torch.uint8),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(80, dtype=torch.uint8),
     }
 
 
@@ -240,23 +246,16 @@ def matrix_bytes(capsys: pytest.CaptureFixture[str], folder: Path, quantize: str
     return int(row["weights_bytes"])
 
 
-@pytest.mark.parametrize(
-    ("label", "store", "said"),
-    [
-        ("nf4", four_bit, {"load_in_4bit": True}),
-        ("int8", eight_bit, {"load_in_8bit": True}),
-    ],
-)
+@pytest.mark.parametrize(("label", "store"), [("nf4", four_bit), ("int8", eight_bit)])
 def test_a_quantized_checkpoint_is_planned_as_it_is_stored(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     label: str,
     store: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
-    said: dict[str, object],
 ) -> None:
     plain, quantized = tmp_path / "plain", tmp_path / "quantized"
     make_checkpoint(plain, "llama")
-    store_quantized(quantized, store, **said)
+    store_quantized(quantized, store, to=label)
     answer = told(capsys, quantized)
     assert (answer["stored"], len(answer["rows"])) == (label, 1)
     assert answer["rows"][0]["weights_bytes"] == matrix_bytes(capsys, plain, label)
@@ -295,7 +294,17 @@ def test_another_quantization_than_the_stored_one_is_refused(
     assert status == 2
     assert "--quantize is int8; the checkpoint is stored in nf4 already" in said
     edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
-    assert "quantized by gptq; bitsandbytes is supported" in run(capsys, tmp_path)[2]
+    assert "quantized by 'gptq'" in run(capsys, tmp_path)[2]
+
+
+def test_matrices_that_contradict_the_config_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_quantized(tmp_path, four_bit, to="fp4")
+    assert "says that matrices are fp4; they are nf4" in run(capsys, tmp_path)[2]
+    make_checkpoint(tmp_path, "llama")
+    edit_config(tmp_path, quantization_config={"load_in_8bit": True})
+    assert "says that matrices are int8; they are dense" in run(capsys, tmp_path)[2]
 
 
 # From the Hub.

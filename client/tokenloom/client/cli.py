@@ -32,6 +32,7 @@ _KNOWN = {
     "scheduler": ("scheduler", "python -m tokenloom.scheduler scheduler"),
     "worker": ("worker", "python -m tokenloom.worker"),
     "plan": ("worker", "python -m tokenloom.worker.plan"),
+    "quantize": ("worker", "python -m tokenloom.worker.saving"),
 }
 """Commands of other parts: the part, and how to run it where nothing can be installed."""
 

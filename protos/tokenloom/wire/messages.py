@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class _Message(
@@ -49,6 +49,10 @@ class Configure(_Message, frozen=True):
     """A local folder or a Hub id."""
     dtype: str
     """`bfloat16`, `float16`, `float32`, or `auto` for the checkpoint's own."""
+    quantize: str
+    """`nf4`, `fp4` or `int8` for matrices that are stored dense; `none` leaves them."""
+    quantize_lm_head: bool
+    """Whether the head is quantized with them, or as those of the checkpoint are."""
     max_model_tokens: int | None
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int

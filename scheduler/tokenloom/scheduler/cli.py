@@ -35,6 +35,7 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("num_fronts", int, "processes that speak gRPC; connections to the port are spread over them"),
     ("served_name", str, "name told to clients (default: the last part of MODEL)"),
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
+    ("quantize", str, "none, or what matrices are quantized to while loading: nf4, fp4 or int8"),
     ("max_model_tokens", int, "longest prompt + completion (default: what the model allows)"),
     ("max_num_requests", int, "requests that run at once"),
     (
@@ -150,6 +151,11 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
             _flag(name), type=kind, default=_DEFAULTS[name], metavar=name.upper(), help=text
         )
     parser.add_argument(
+        "--quantize-lm-head",
+        action="store_true",
+        help="quantize the head, too",
+    )
+    parser.add_argument(
         "--prefix-cache",
         action=argparse.BooleanOptionalAction,
         default=_DEFAULTS["prefix_cache"],
@@ -167,7 +173,11 @@ def _run(args: argparse.Namespace, worker_options: list[str] | None) -> int:
             run_dir = held.enter_context(_run_dir(args.run_dir))
             given = {name: getattr(args, name) for name, _, _ in _SCHEDULER_OPTIONS}
             config = SchedulerConfig(
-                model=args.model, run_dir=run_dir, prefix_cache=args.prefix_cache, **given
+                model=args.model,
+                run_dir=run_dir,
+                quantize_lm_head=args.quantize_lm_head,
+                prefix_cache=args.prefix_cache,
+                **given,
             )
             if config.num_fronts > 1:
                 listen = held.enter_context(shared_port(config.listen))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+QUANTIZE_NAMES = ("none", "nf4", "fp4", "int8")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -25,6 +27,10 @@ class SchedulerConfig:
     the supervisor holds for them."""
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`, or `auto` for the checkpoint's own."""
+    quantize: str = "none"
+    """`nf4`, `fp4` or `int8`: what matrices that the checkpoint has dense are quantized to."""
+    quantize_lm_head: bool = False
+    """Whether the head is quantized, too."""
     max_model_tokens: int | None = None
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int = 256
@@ -60,6 +66,10 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.quantize not in QUANTIZE_NAMES:
+            raise ConfigError(
+                f"quantize is {self.quantize!r}; it must be one of {', '.join(QUANTIZE_NAMES)}"
+            )
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_num_requests:
             raise ConfigError(
                 f"max_step_tokens is {self.max_step_tokens}; it must be at least "

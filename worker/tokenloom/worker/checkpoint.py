@@ -12,23 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenloom.worker.errors import CheckpointError
+from tokenloom.worker.matrices import EMBEDDING, HEAD
+from tokenloom.worker.quantized import Stored, gathered
 from tokenloom.worker.stored import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-    from torch import Tensor
+    from tokenloom.worker.config import Json, ModelConfig
 
-    from tokenloom.worker.config import Json
-
-_HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-_INDEX_FILE = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
-_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_HUB_FILES = (CONFIG_FILE, "model*.safetensors", INDEX_FILE)
 
 
-def locate(model: str) -> Path:
+def locate(model: str, also: Iterable[str] = ()) -> Path:
     """Returns the folder of a checkpoint; a Hub id is downloaded into the Hub's cache.
+
+    `also` are patterns of files that are wanted beside config and weights.
 
     Raises:
         CheckpointError: There is no such folder, and no such repository can be had.
@@ -40,7 +42,7 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=[*_HUB_FILES, *also]))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{model} is no folder here and cannot be had from the Hub: {error}"
@@ -49,66 +51,42 @@ def locate(model: str) -> Path:
 
 def read_config(folder: Path) -> Json:
     """Returns the content of config.json. Raises CheckpointError."""
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} holds no JSON object")
+        raise CheckpointError(f"{folder / CONFIG_FILE} holds no JSON object")
     return config
 
 
-def stored_tensors_of(folder: Path) -> dict[str, StoredTensor]:
-    """Returns all tensors of a checkpoint by name. Reads headers only. Raises CheckpointError."""
-    return {
-        name: stored
-        for path in _weight_files(folder)
-        for name, stored in stored_tensors(path).items()
-    }
-
-
-def match(folder: Path, destinations: Mapping[str, Tensor]) -> list[tuple[StoredTensor, Tensor]]:
-    """Returns what to copy where, in the order of the files. Reads headers only.
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Returns what the weight files hold, by name, in their order. Reads headers only.
 
     Raises:
-        CheckpointError: A file is missing or broken; a tensor is missing,
-            unexpected, misshapen or of a type that weights do not have.
+        CheckpointError: A file is missing or broken.
     """
-    matched = []
-    left = dict(destinations)
+    tensors: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
-        for name, stored in sorted(stored_tensors(path).items(), key=_offset):
-            if _is_superfluous(name, destinations):
-                continue
-            place = left.pop(name, None)
-            if place is None:
-                raise CheckpointError(f"tensor {name} of {path} is not expected")
-            if stored.dtype not in _WEIGHT_TYPES:
-                raise CheckpointError(
-                    f"tensor {name} is of type {stored.dtype}; weights are of one of"
-                    f" {', '.join(_WEIGHT_TYPES)}"
-                )
-            if stored.shape != tuple(place.shape):
-                raise CheckpointError(
-                    f"tensor {name} has shape {stored.shape}; {tuple(place.shape)} is expected"
-                )
-            matched.append((stored, place))
-    if left:
-        names = ", ".join(sorted(left)[:3])
-        raise CheckpointError(f"{len(left)} tensors are missing in {folder}: {names} …")
-    return matched
+        found = stored_tensors(path)
+        tensors.update(sorted(found.items(), key=lambda named: named[1].offset))
+    return tensors
 
 
-def _offset(named: tuple[str, StoredTensor]) -> int:
-    return named[1].offset
+def interpret(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, Stored]:
+    """Returns the tensors as the decoder has them, by name.
 
+    Those of a matrix that bitsandbytes quantized are one, and a tied head is what the embedding is.
 
-def _is_superfluous(name: str, destinations: Mapping[str, Tensor]) -> bool:
-    """Returns whether a tensor is one that checkpoints carry without need."""
-    if name == "lm_head.weight":
-        return name not in destinations  # tied: the embedding is the head
-    return name.endswith(".rotary_emb.inv_freq")  # a table that old exports stored
+    Raises:
+        CheckpointError: What belongs together does not fit.
+        UnsupportedModelError: A layout that is not built.
+    """
+    stored: dict[str, Stored] = {**tensors} if config.quantized_to is None else gathered(tensors)
+    if config.tied_embeddings and f"{EMBEDDING}.weight" in stored:
+        stored[f"{HEAD}.weight"] = stored[f"{EMBEDDING}.weight"]
+    return stored
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX_FILE
+    index = folder / INDEX_FILE
     if index.exists():
         content = _read_json(index)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -116,7 +94,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
     else:
-        names = [_SINGLE_FILE]
+        names = [SINGLE_FILE]
     for name in names:
         # An index comes with the checkpoint; it must not lead out of its folder.
         if Path(name).name != name or not (folder / name).exists():

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
+from tokenloom.worker.formats import stored_format_name
 
 Json: TypeAlias = Mapping[str, object]
 
@@ -87,6 +88,8 @@ class ModelConfig:
     """[num_layers] positions that a token sees, itself among them; None: all before it."""
     dtype: str | None
     """The checkpoint's own, as config.json tells it."""
+    quantized_to: str | None
+    """The name of the format in which the checkpoint has matrices; None: all are dense."""
 
     @staticmethod
     def parse(config: Json) -> ModelConfig:
@@ -158,6 +161,7 @@ class _Parser:
             tied_embeddings=self._bool("tie_word_embeddings", default=False),
             windows=self._windows(architecture),
             dtype=self._dtype(),
+            quantized_to=stored_format_name(self._config.get("quantization_config")),
         )
 
     def _architecture(self) -> str:
@@ -170,10 +174,6 @@ class _Parser:
         return str(names[0])
 
     def _refuse_what_is_not_built(self) -> None:
-        if self._config.get("quantization_config") is not None:
-            raise UnsupportedModelError(
-                "the checkpoint is quantized; only plain ones are supported"
-            )
         activation = self._config.get("hidden_act", "silu")
         if activation != "silu":
             raise UnsupportedModelError(f"hidden_act {activation!r} is not supported; silu is")

@@ -1,10 +1,12 @@
 """Copies tensors from their files to a device in threads, while kernels are prepared.
 
-    file, in page cache ── read ──▶ stage: a pinned buffer a thread ── copy ──▶ place
+    file, in page cache ── read ──▶ stage: a pinned buffer a thread ── put ──▶ place
     └───── pieces of at most STAGE_BYTES, in the order of the files ─────┘
 
-Both ways let go of the interpreter. A file is read, not mapped: a page fault for every 4 KiB
-costs more than the copy, and a file that turns out too short is an error, not a SIGBUS.
+To put a piece is to copy it, or to quantize it on the device: never is more than a stage a
+thread there in another form than the final one. Reading and putting let go of the interpreter.
+A file is read, not mapped: a page fault for every 4 KiB costs more than the copy, and a file
+that turns out too short is an error, not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -27,41 +28,33 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tokenloom.worker.filling import Filling, Piece
     from tokenloom.worker.stored import StoredTensor
 
 STAGE_BYTES = 16 * 1024 * 1024
 MAX_THREADS = 8
 _REPORT_S = 0.1
-_DTYPES = {
+TORCH_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """Contiguous elements of a tensor, as many as fit a stage."""
-
-    path: Path
-    offset: int
-    num_bytes: int
-    dtype: torch.dtype
-    place: Tensor
-    """[num_elements]"""
+_ALIGNMENT = 8
+"""Bytes of the largest type."""
 
 
 class Copying:
-    """The copying of stored tensors to places of their shapes, begun at once.
+    """The filling of places with what is stored, begun at once.
 
-    Places are contiguous and converted to if of another type. To be used with `with`,
-    whose end stops the threads, done or not.
+    To be used with `with`, whose end stops the threads, done or not.
     """
 
     def __init__(
         self,
-        tensors: Iterable[tuple[StoredTensor, Tensor]],
+        fillings: Iterable[Filling],
         device: torch.device,
         *,
         num_threads: int | None = None,
@@ -71,8 +64,9 @@ class Copying:
         if num_threads is None:
             # One thread reads as fast as a CPU converts, which takes threads of its own.
             num_threads = 1 if device.type == "cpu" else min(MAX_THREADS, os.cpu_count() or 1)
-        pieces = [piece for stored, place in tensors for piece in _cut(stored, place)]
+        pieces = [piece for each in fillings for piece in each.pieces(STAGE_BYTES, device)]
         self.num_bytes = sum(piece.num_bytes for piece in pieces)
+        self._stage_bytes = max((_staged_bytes(piece) for piece in pieces), default=0)
         self.seconds = 0.0
         """From the start until the last piece, once all are copied."""
         self._num_done_bytes = 0
@@ -116,21 +110,19 @@ class Copying:
             if is_cuda:
                 stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
                 stack.enter_context(torch.cuda.stream(stream))
-            stage = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=is_cuda)
+            stage = torch.empty(self._stage_bytes, dtype=torch.uint8, pin_memory=is_cuda)
             files = _Files(stack)
             while (piece := self._next()) is not None:
-                staged = stage[: piece.num_bytes]
-                _read(files.descriptor(piece.path), staged, piece)
-                piece.place.copy_(staged.view(piece.dtype), non_blocking=True)
+                piece.put(*_staged(piece, stage, files))
                 if is_cuda:
                     stream.synchronize()
                 self._finish(piece)
 
-    def _next(self) -> _Piece | None:
+    def _next(self) -> Piece | None:
         with self._lock:
             return None if self._stop.is_set() else next(self._left, None)
 
-    def _finish(self, piece: _Piece) -> None:
+    def _finish(self, piece: Piece) -> None:
         with self._lock:
             self._num_done_bytes += piece.num_bytes
             self.seconds = time.perf_counter() - self._start_s
@@ -154,32 +146,31 @@ class _Files:
         return self._descriptors[path]
 
 
-def _cut(stored: StoredTensor, place: Tensor) -> Iterator[_Piece]:
-    """Yields the pieces of a tensor."""
-    dtype = _DTYPES[stored.dtype]
-    flat = place.view(-1)  # [num_elements]
-    num_elements = STAGE_BYTES // dtype.itemsize
-    for index, part in enumerate(torch.split(flat, num_elements)):
-        yield _Piece(
-            path=stored.path,
-            offset=stored.offset + index * num_elements * dtype.itemsize,
-            num_bytes=len(part) * dtype.itemsize,
-            dtype=dtype,
-            place=part,
-        )
+def _staged_bytes(piece: Piece) -> int:
+    """Returns what a piece takes in a stage, where each source begins on a whole number."""
+    return sum(source.num_bytes + -source.num_bytes % _ALIGNMENT for source in piece.sources)
 
 
-def _read(descriptor: int, staged: Tensor, piece: _Piece) -> None:
+def _staged(piece: Piece, stage: Tensor, files: _Files) -> Iterator[Tensor]:
+    """Reads the sources of a piece. Raises CheckpointError."""
+    offset = 0
+    for source in piece.sources:
+        buffer = stage[offset : offset + source.num_bytes]
+        _read(files.descriptor(source.path), buffer, source)
+        yield buffer.view(TORCH_TYPES[source.dtype]).view(source.shape)
+        offset += source.num_bytes + -source.num_bytes % _ALIGNMENT
+
+
+def _read(descriptor: int, buffer: Tensor, source: StoredTensor) -> None:
     """Fills uint8 [num_bytes]. Raises CheckpointError."""
-    buffer = staged.numpy().data
+    view = buffer.numpy().data
     num_read = 0
-    while num_read < piece.num_bytes:
+    while num_read < source.num_bytes:
         try:
-            num_new = os.preadv(descriptor, [buffer[num_read:]], piece.offset + num_read)
+            num_new = os.preadv(descriptor, [view[num_read:]], source.offset + num_read)
         except OSError as error:
-            raise CheckpointError(f"{piece.path} cannot be read: {error}") from error
+            raise CheckpointError(f"{source.path} cannot be read: {error}") from error
         if num_new == 0:
-            raise CheckpointError(
-                f"{piece.path} cannot be read: it ends before byte {piece.offset + piece.num_bytes}"
-            )
+            end = source.offset + source.num_bytes
+            raise CheckpointError(f"{source.path} cannot be read: it ends before byte {end}")
         num_read += num_new

@@ -11,12 +11,14 @@ float32, rounded to the rows' type and multiplied: what kernels are tested again
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tokenloom.worker.formats import CODEBOOKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,15 @@ class DenseLinear:
         """Outputs and inputs."""
         num_outputs, num_inputs = self.weight.shape
         return num_outputs, num_inputs
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return _num_bytes(self.weight, self.bias)
+
+    def rows(self, first: int, last: int) -> DenseLinear:
+        """Returns the matrix of a range of outputs, without bias, in the same memory."""
+        return replace(self, weight=self.weight[first:last], bias=None)
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
@@ -63,6 +74,17 @@ class FourBitLinear:
         """Inputs that share a scale."""
         return self.shape[1] // self.absmax.shape[1]
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return _num_bytes(self.codes, self.absmax, self.bias)
+
+    def rows(self, first: int, last: int) -> FourBitLinear:
+        """Returns the matrix of a range of outputs, without bias, in the same memory."""
+        return replace(
+            self, codes=self.codes[first:last], absmax=self.absmax[first:last], bias=None
+        )
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Returns [num_outputs, num_inputs] values: each product in float32, then rounded."""
         codes = torch.stack((self.codes >> 4, self.codes & 15), dim=-1)  # [outputs, bytes, 2]
@@ -91,6 +113,17 @@ class EightBitLinear:
         num_outputs, num_inputs = self.codes.shape
         return num_outputs, num_inputs
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return _num_bytes(self.codes, self.scales, self.bias)
+
+    def rows(self, first: int, last: int) -> EightBitLinear:
+        """Returns the matrix of a range of outputs, without bias, in the same memory."""
+        return replace(
+            self, codes=self.codes[first:last], scales=self.scales[first:last], bias=None
+        )
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Returns [num_outputs, num_inputs] values: each product in float32, then rounded."""
         return (self.codes * self.scales[:, None]).to(dtype)
@@ -103,8 +136,17 @@ class EightBitLinear:
 Linear: TypeAlias = DenseLinear | FourBitLinear | EightBitLinear
 
 
+def codebook(name: str, device: torch.device) -> Tensor:
+    """Returns float32 [16]: what the codes of `nf4` or `fp4` stand for."""
+    return torch.tensor(CODEBOOKS[name], dtype=torch.float32, device=device)
+
+
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     if out is None:
         return functional.linear(rows, weight, bias)
     torch.mm(rows, weight.T, out=out)
     return out if bias is None else out.add_(bias)
+
+
+def _num_bytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -15,23 +15,37 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenloom.worker.attention import choose_attention
-from tokenloom.worker.checkpoint import locate, match, read_config
+from tokenloom.worker.checkpoint import (
+    interpret,
+    locate,
+    read_config,
+    read_tensors,
+)
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
+from tokenloom.worker.filling import Filling, match
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
+from tokenloom.worker.matrices import matrices
 from tokenloom.worker.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, scratch_bytes
 from tokenloom.worker.model import Decoder
+from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.rotary import rotary_table
-from tokenloom.worker.weights import allocate_weights, destinations
+from tokenloom.worker.rounding import load_bitsandbytes
+from tokenloom.worker.weights import (
+    allocate_weights,
+    destinations,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tokenloom.wire.messages import Configure
     from tokenloom.worker.attention import Attention
     from tokenloom.worker.options import WorkerOptions
+    from tokenloom.worker.weights import Weights
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +57,30 @@ DTYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelAsked:
+    """What of a Configure decides which weights are in memory."""
+
+    model: str
+    dtype: str
+    quantize: str
+    quantize_lm_head: bool
+
+    @staticmethod
+    def of(configure: Configure) -> ModelAsked:
+        """Returns what `configure` asks for."""
+        return ModelAsked(
+            model=configure.model,
+            dtype=configure.dtype,
+            quantize=configure.quantize,
+            quantize_lm_head=configure.quantize_lm_head,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model in memory; it outlives epochs."""
 
-    model: str
-    dtype_name: str
+    asked: ModelAsked
     config: ModelConfig
     decoder: Decoder
     attention: Attention
@@ -79,9 +112,8 @@ def load_model(
     folder = locate(configure.model)
     config = ModelConfig.parse(read_config(folder))
     dtype = _dtype(configure.dtype, config, device)
-    weights = allocate_weights(config, dtype=dtype, device=device)
-    places = destinations(config, weights)
-    with Copying(match(folder, places), device) as copying:
+    weights, fillings = _take_memory(folder, config, configure, dtype, device)
+    with Copying(fillings, device) as copying:
         attention = choose_attention(
             options.attention, head_dim=config.head_dim, dtype=dtype, device=device
         )
@@ -102,21 +134,50 @@ def load_model(
             device=device,
         )
         yield LoadedModel(
-            model=configure.model,
-            dtype_name=configure.dtype,
+            asked=ModelAsked.of(configure),
             config=config,
             decoder=Decoder(config, weights, rotary, operations),
             attention=attention,
             pool=_pool(config, configure, options, attention.block_size, dtype, device),
-            weights_bytes=sum(place.numel() * place.element_size() for place in places.values()),
+            weights_bytes=sum(filling.num_place_bytes for filling in fillings),
         )
         copying.wait(lambda fraction: report("loading weights", fraction))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what quantizing took a stage at a time
     _log.info(
         "weights: %.2f GB in %.2f s, %.1f GB/s",
         copying.num_bytes / 1e9,
         copying.seconds,
         copying.num_bytes / 1e9 / copying.seconds,
     )
+
+
+def _take_memory(
+    folder: Path,
+    config: ModelConfig,
+    configure: Configure,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Weights, list[Filling]]:
+    """Returns zeros for the weights, and what fills them."""
+    stored = interpret(read_tensors(folder), config)
+    formats = choose_formats(
+        matrices(config),
+        stored,
+        own=config.quantized_to,
+        quantize=configure.quantize,
+        quantize_lm_head=configure.quantize_lm_head,
+    )
+    # A CPU that has codes to look up computes a token ten times as slowly: there they are made
+    # dense as they are loaded. The numbers are those of the format, the memory is not.
+    kept = formats if device.type == "cuda" else {}
+    if formats and not kept:
+        _log.info("on a CPU %d quantized matrices are kept dense", len(formats))
+    weights = allocate_weights(config, formats=kept, dtype=dtype, device=device)
+    fillings = match(stored, destinations(config, weights), formats=formats, dtype=dtype)
+    if any(filling.rounded_to is not None for filling in fillings):
+        load_bitsandbytes()
+    return weights, fillings
 
 
 def _pool(

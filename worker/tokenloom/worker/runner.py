@@ -23,7 +23,13 @@ from tokenloom.worker.computing import Rows, compute
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
 from tokenloom.worker.graphs import StepGraphs
-from tokenloom.worker.loading import LoadedModel, find_device, load_model, max_step_tokens
+from tokenloom.worker.loading import (
+    LoadedModel,
+    ModelAsked,
+    find_device,
+    load_model,
+    max_step_tokens,
+)
 from tokenloom.worker.results import Outcome, step_done
 from tokenloom.worker.shapes import FixedSteps
 from tokenloom.worker.slots import Limits, Slots
@@ -142,11 +148,7 @@ class ModelRunner:
 
     def _holds(self, configure: Configure) -> bool:
         """Returns whether the model asked for is in memory already."""
-        loaded = self._loaded
-        return loaded is not None and (loaded.model, loaded.dtype_name) == (
-            configure.model,
-            configure.dtype,
-        )
+        return self._loaded is not None and self._loaded.asked == ModelAsked.of(configure)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ Source: the format's own page, https://huggingface.co/docs/safetensors.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -44,6 +44,30 @@ class StoredTensor:
     offset: int
     """Of its first byte in the file."""
     num_bytes: int
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """Returns where a range of its rows lies."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return replace(
+            self,
+            shape=(last - first, *self.shape[1:]),
+            offset=self.offset + first * row_bytes,
+            num_bytes=(last - first) * row_bytes,
+        )
+
+    def viewed(self, dtype: str, *shape: int) -> StoredTensor:
+        """Returns the same bytes as another type and shape."""
+        assert math.prod(shape) * ITEM_BYTES[dtype] == self.num_bytes
+        return replace(self, dtype=dtype, shape=shape)
+
+    def read(self) -> bytes:
+        """Returns its bytes: for small ones. Raises CheckpointError."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(self.num_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
 
 
 class _Entry(msgspec.Struct, frozen=True):

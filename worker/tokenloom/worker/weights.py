@@ -6,23 +6,34 @@ row ranges of them:
 
     qkv      [ q_proj: num_heads * head_dim | k_proj: num_kv_heads * head_dim | v_proj ]
     gate_up  [ gate_proj: intermediate_size | up_proj: intermediate_size ]
+
+A matrix has the format that all its parts have. Rows are quantized by themselves, so a merged
+matrix is exactly its parts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 import torch
 from torch import Tensor
 
-from tokenloom.worker.linears import DenseLinear
+from tokenloom.worker.formats import EightBits, Format, FourBits, fits
+from tokenloom.worker.linears import (
+    DenseLinear,
+    EightBitLinear,
+    FourBitLinear,
+    Linear,
+    codebook,
+)
+from tokenloom.worker.matrices import DOWN, EMBEDDING, GATE_UP, HEAD, OUTPUT, QKV
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from tokenloom.worker.config import ModelConfig
-
+    from tokenloom.worker.filling import Place
 
 T = TypeVar("T")
 
@@ -33,16 +44,16 @@ class LayerWeights:
 
     attention_norm: Tensor
     """[hidden_size]"""
-    qkv: DenseLinear
+    qkv: Linear
     q_norm: Tensor | None
     """[head_dim]"""
     k_norm: Tensor | None
     """[head_dim]"""
-    output: DenseLinear
+    output: Linear
     mlp_norm: Tensor
     """[hidden_size]"""
-    gate_up: DenseLinear
-    down: DenseLinear
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,47 +65,105 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
     """[hidden_size]"""
-    head: DenseLinear
-    """Shares its matrix with `embedding` where the checkpoint ties them."""
+    head: Linear
+    """Shares its matrix with `embedding` where the checkpoint ties them and both are dense."""
 
 
-def allocate_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Weights:
+def allocate_weights(
+    config: ModelConfig,
+    *,
+    formats: Mapping[str, Format],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Weights:
     """Returns zeros of the right shapes, to be filled through `destinations`.
 
     Steps computed before they are filled give numbers, not what the memory held.
+
+    Args:
+        config: The decoder.
+        formats: By its name, what a matrix is kept in; absent ones are dense.
+        dtype: Of the activations and of all that is not quantized.
+        device: Where the memory is.
     """
+    memory = _Memory(dtype, device)
+    zeros = memory.zeros
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    def linear(num_outputs: int, num_inputs: int, *, bias: bool) -> DenseLinear:
-        return DenseLinear(
-            weight=zeros(num_outputs, num_inputs), bias=zeros(num_outputs) if bias else None
-        )
+    def linear(
+        layer: int, parts: tuple[str, ...], num_outputs: int, num_inputs: int, *, bias: bool
+    ) -> Linear:
+        own = {formats.get(f"model.layers.{layer}.{part}") for part in parts}
+        common = own.pop() if len(own) == 1 else None
+        return memory.linear(num_outputs, num_inputs, common, bias=bias)
 
     hidden, head_dim = config.hidden_size, config.head_dim
     num_qkv = (config.num_heads + 2 * config.num_kv_heads) * head_dim
+    num_mixed, num_gate_up = config.num_heads * head_dim, 2 * config.intermediate_size
     layers = tuple(
         LayerWeights(
             attention_norm=zeros(hidden),
-            qkv=linear(num_qkv, hidden, bias=config.qkv_bias),
+            qkv=linear(index, QKV, num_qkv, hidden, bias=config.qkv_bias),
             q_norm=zeros(head_dim) if config.qk_norm else None,
             k_norm=zeros(head_dim) if config.qk_norm else None,
-            output=linear(hidden, config.num_heads * head_dim, bias=config.o_bias),
+            output=linear(index, OUTPUT, hidden, num_mixed, bias=config.o_bias),
             mlp_norm=zeros(hidden),
-            gate_up=linear(2 * config.intermediate_size, hidden, bias=config.mlp_bias),
-            down=linear(hidden, config.intermediate_size, bias=config.mlp_bias),
+            gate_up=linear(index, GATE_UP, num_gate_up, hidden, bias=config.mlp_bias),
+            down=linear(index, DOWN, hidden, config.intermediate_size, bias=config.mlp_bias),
         )
-        for _ in range(config.num_layers)
+        for index in range(config.num_layers)
     )
     embedding = zeros(config.vocab_size, hidden)
-    head = embedding if config.tied_embeddings else zeros(config.vocab_size, hidden)
-    return Weights(
-        embedding=embedding,
-        layers=layers,
-        final_norm=zeros(hidden),
-        head=DenseLinear(weight=head, bias=None),
-    )
+    head_format = formats.get(HEAD)
+    head: Linear
+    if config.tied_embeddings and head_format is None:
+        head = DenseLinear(weight=embedding, bias=None)
+    else:
+        head = memory.linear(config.vocab_size, hidden, head_format, bias=False)
+    return Weights(embedding=embedding, layers=layers, final_norm=zeros(hidden), head=head)
+
+
+class _Memory:
+    """Zeros on a device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._codebooks: dict[str, Tensor] = {}
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self._dtype, device=self._device)
+
+    def linear(
+        self, num_outputs: int, num_inputs: int, wanted: Format | None, *, bias: bool
+    ) -> Linear:
+        own_bias = self.zeros(num_outputs) if bias else None
+        if not fits(wanted, num_inputs):
+            wanted = None  # blocks run over the ends of rows
+        match wanted:
+            case None:
+                return DenseLinear(weight=self.zeros(num_outputs, num_inputs), bias=own_bias)
+            case FourBits():
+                num_blocks = num_inputs // wanted.block_size
+                return FourBitLinear(
+                    codes=self.zeros(num_outputs, num_inputs // 2, dtype=torch.uint8),
+                    absmax=self.zeros(num_outputs, num_blocks, dtype=torch.float32),
+                    codebook=self._codebook(wanted.codebook),
+                    bias=own_bias,
+                )
+            case EightBits():
+                return EightBitLinear(
+                    codes=self.zeros(num_outputs, num_inputs, dtype=torch.int8),
+                    scales=self.zeros(num_outputs, dtype=torch.float32),
+                    bias=own_bias,
+                )
+            case _:
+                assert_never(wanted)
+
+    def _codebook(self, name: str) -> Tensor:
+        """Returns the one that all matrices share."""
+        if name not in self._codebooks:
+            self._codebooks[name] = codebook(name, self._device)
+        return self._codebooks[name]
 
 
 def form(weights: object) -> tuple[object, ...]:
@@ -119,41 +188,40 @@ def outline(weights: T) -> T:
     return outlined  # type: ignore[return-value]
 
 
-def destinations(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
-    """Returns, by its name in the checkpoint, the memory that each tensor is copied to."""
-    places = {
-        "model.embed_tokens.weight": weights.embedding,
+def destinations(config: ModelConfig, weights: Weights) -> dict[str, Place]:
+    """Returns, by its name in the checkpoint, the memory that each tensor goes to."""
+    places: dict[str, Place] = {
+        f"{EMBEDDING}.weight": weights.embedding,
         "model.norm.weight": weights.final_norm,
     }
-    if not config.tied_embeddings:
-        places["lm_head.weight"] = weights.head.weight
+    if not (isinstance(weights.head, DenseLinear) and weights.head.weight is weights.embedding):
+        places[f"{HEAD}.weight"] = weights.head
     for index, layer in enumerate(weights.layers):
         for name, place in _layer_destinations(config, layer):
             places[f"model.layers.{index}.{name}"] = place
     return places
 
 
-def _layer_destinations(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[str, Tensor]]:
+def _layer_destinations(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[str, Place]]:
     num_q, num_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "input_layernorm.weight", layer.attention_norm
     yield "post_attention_layernorm.weight", layer.mlp_norm
     if layer.q_norm is not None and layer.k_norm is not None:
         yield "self_attn.q_norm.weight", layer.q_norm
         yield "self_attn.k_norm.weight", layer.k_norm
-    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    yield from _split(layer.qkv, attention, (num_q, num_kv, num_kv))
-    yield from _split(layer.output, ("self_attn.o_proj",), (config.hidden_size,))
-    halves = (config.intermediate_size, config.intermediate_size)
-    yield from _split(layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), halves)
-    yield from _split(layer.down, ("mlp.down_proj",), (config.hidden_size,))
+    yield from _split(layer.qkv, QKV, (num_q, num_kv, num_kv))
+    yield from _split(layer.output, OUTPUT, (config.hidden_size,))
+    yield from _split(layer.gate_up, GATE_UP, (config.intermediate_size,) * 2)
+    yield from _split(layer.down, DOWN, (config.hidden_size,))
 
 
 def _split(
-    linear: DenseLinear, names: tuple[str, ...], sizes: tuple[int, ...]
-) -> Iterator[tuple[str, Tensor]]:
+    linear: Linear, names: tuple[str, ...], sizes: tuple[int, ...]
+) -> Iterator[tuple[str, Place]]:
     """Yields the parts of a merged projection by row ranges."""
-    for name, part in zip(names, torch.split(linear.weight, list(sizes)), strict=True):
-        yield f"{name}.weight", part
-    if linear.bias is not None:
-        for name, part in zip(names, torch.split(linear.bias, list(sizes)), strict=True):
-            yield f"{name}.bias", part
+    first = 0
+    for name, size in zip(names, sizes, strict=True):
+        yield f"{name}.weight", linear.rows(first, first + size)
+        if linear.bias is not None:
+            yield f"{name}.bias", linear.bias[first : first + size]
+        first += size

@@ -191,6 +191,8 @@ class CoreLoop:
             world_size=1,
             model=self._config.model,
             dtype=self._config.dtype,
+            quantize=self._config.quantize,
+            quantize_lm_head=self._config.quantize_lm_head,
             max_model_tokens=self._config.max_model_tokens,
             max_num_requests=self._config.max_num_requests,
             max_step_tokens=self._config.max_step_tokens,

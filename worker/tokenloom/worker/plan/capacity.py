@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.formats import FourBits, fits
 from tokenloom.worker.gpus import GPUS, Gpu
+from tokenloom.worker.matrices import HEAD, matrices
 from tokenloom.worker.memory import (
     CUDA_BYTES,
     CUDA_STEP_TOKENS,
@@ -26,14 +28,10 @@ from tokenloom.worker.memory import (
     scratch_bytes,
 )
 from tokenloom.worker.plan.sizes import (
-    HEAD,
     ITEM_BYTES,
-    Dense,
     Form,
-    FourBit,
     WeightBytes,
     all_dense,
-    matrices,
     num_weights,
     shard,
     weight_bytes,
@@ -204,14 +202,10 @@ def _forms(checkpoint: Checkpoint, precision: Precision) -> dict[str, Form]:
     forms = {}
     for matrix in matrices(checkpoint.config):
         wanted = precision.quantizes_head if matrix.name == HEAD else checkpoint.stored is None
-        form = stored.get(matrix.name, precision.form if wanted else Dense())
+        form = stored.get(matrix.name, precision.form if wanted else None)
         # Where blocks would reach over rows, a matrix is kept dense.
-        forms[matrix.name] = Dense() if _is_ragged(matrix.num_inputs, form) else form
+        forms[matrix.name] = form if fits(form, matrix.num_inputs) else None
     return forms
-
-
-def _is_ragged(num_inputs: int, form: Form) -> bool:
-    return isinstance(form, FourBit) and num_inputs % form.block_size != 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +224,7 @@ class _Case:
             return reason
         for matrix in matrices(shard(self.config, num_ranks)):
             form = self.forms[matrix.name]
-            if _is_ragged(matrix.num_inputs, form):
-                assert isinstance(form, FourBit)
+            if isinstance(form, FourBits) and not fits(form, matrix.num_inputs):
                 return (
                     f"the {matrix.num_inputs} inputs of {matrix.name} that each of {num_ranks}"
                     f" ranks has are no whole blocks of {form.block_size}"

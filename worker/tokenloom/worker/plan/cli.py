@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from tokenloom.worker.errors import LoadError, UnsupportedModelError
+from tokenloom.worker.formats import FORMAT_NAMES, format_named
 from tokenloom.worker.gpus import GPUS, Gpu, find_gpu
 from tokenloom.worker.options import (
     WorkerOptions,
@@ -19,11 +20,10 @@ from tokenloom.worker.options import (
 from tokenloom.worker.plan.capacity import Checkpoint, Precision, Serving, make_plan
 from tokenloom.worker.plan.reading import read_checkpoint
 from tokenloom.worker.plan.report import as_json, as_text
-from tokenloom.worker.plan.sizes import ITEM_BYTES, Dense, EightBit, Form, FourBit, why_not_split
+from tokenloom.worker.plan.sizes import ITEM_BYTES, why_not_split
 
 _CONTEXT_TOKENS = 4096
 _MAX_NUM_REQUESTS = 256
-_FORMS: dict[str, Form] = {"none": Dense(), "int8": EightBit(), "nf4": FourBit(), "fp4": FourBit()}
 _DOES_NOT_FIT = 1
 _REFUSED = 2
 
@@ -91,7 +91,7 @@ def _precision(name: str, serving: Serving, *, quantizes_head: bool) -> Precisio
     label = serving.dtype if name == "none" else name
     return Precision(
         label=f"{label}, head too" if quantizes_head else label,
-        form=_FORMS[name],
+        form=format_named(name),
         quantizes_head=quantizes_head,
     )
 
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="for programs")
     server = parser.add_argument_group("as the server's", "options of `tokenloom serve`")
     server.add_argument(
-        "--quantize", choices=tuple(_FORMS), help="(default: side by side; as stored, if it is)"
+        "--quantize", choices=FORMAT_NAMES, help="(default: side by side; as stored, if it is)"
     )
     server.add_argument("--quantize-lm-head", action="store_true", help="the head, too")
     server.add_argument("--dtype", default="auto", help=f"{', '.join(ITEM_BYTES)} or auto (auto)")

@@ -5,24 +5,21 @@ Of a Hub id nothing else is fetched: headers by requests for ranges of bytes.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenloom.worker.checkpoint import read_config, stored_tensors_of
+from tokenloom.worker.checkpoint import read_config, read_tensors
 from tokenloom.worker.config import Json, ModelConfig
-from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
+from tokenloom.worker.errors import CheckpointError
+from tokenloom.worker.formats import CODEBOOKS, EightBits, Format, FourBits
+from tokenloom.worker.matrices import EMBEDDING, HEAD, Matrix, matrices
 from tokenloom.worker.plan.capacity import Checkpoint, Stored
-from tokenloom.worker.plan.sizes import HEAD, EightBit, Form, FourBit, Matrix, matrices
+from tokenloom.worker.plan.sizes import Form
 
-_EMBEDDING = "model.embed_tokens"
-_QUANTIZATION = "quantization_config"
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of bitsandbytes."""
-_QUANT_STATE = re.compile(r"\.weight\.quant_state\.bitsandbytes__(nf4|fp4)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +39,9 @@ def read_checkpoint(model: str) -> Checkpoint:
     """
     folder = Path(model)
     config, headers = _from_folder(folder) if folder.is_dir() else _from_hub(model)
-    quantization = config.get(_QUANTIZATION)
-    parsed = ModelConfig.parse({name: config[name] for name in config if name != _QUANTIZATION})
-    stored = None if quantization is None else _stored(parsed, quantization, headers)
+    parsed = ModelConfig.parse(config)
+    own = parsed.quantized_to
+    stored = None if own is None else _stored(parsed, own, headers)
     _check_shapes(parsed, {} if stored is None else stored.forms, headers)
     return Checkpoint(name=model, config=parsed, stored=stored)
 
@@ -52,7 +49,7 @@ def read_checkpoint(model: str) -> Checkpoint:
 def _from_folder(folder: Path) -> tuple[Json, dict[str, Header]]:
     headers = {
         name: Header(dtype=tensor.dtype, shape=tensor.shape)
-        for name, tensor in stored_tensors_of(folder).items()
+        for name, tensor in read_tensors(folder).items()
     }
     return read_config(folder), headers
 
@@ -77,46 +74,41 @@ def _from_hub(model: str) -> tuple[Json, dict[str, Header]]:
     return read_config(path.parent), headers
 
 
-def _stored(config: ModelConfig, quantization: object, headers: Mapping[str, Header]) -> Stored:
-    """Returns the forms in which bitsandbytes left the matrices."""
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if method != "bitsandbytes":
-        raise UnsupportedModelError(
-            f"the checkpoint is quantized by {method}; bitsandbytes is supported"
-        )
-    forms: dict[str, Form] = {}
+def _stored(config: ModelConfig, own: str, headers: Mapping[str, Header]) -> Stored:
+    """Returns the forms in which bitsandbytes left the matrices, all of them `own`."""
+    forms: dict[str, Format] = {}
     for matrix in matrices(config):
         if (form := _form(matrix, headers)) is not None:
             forms[matrix.name] = form
-    if not forms:
-        raise CheckpointError(
-            f"config.json says {json.dumps(quantization)}, and no matrix is quantized"
-        )
-    if any(isinstance(form, EightBit) for form in forms.values()):
-        return Stored(label="int8", forms=forms)
-    types = {found[1] for name in headers if (found := _QUANT_STATE.search(name)) is not None}
-    if len(types) != 1:
-        raise CheckpointError(
-            f"weights of 4 bits are told to be of {len(types)} types: {', '.join(sorted(types))}"
-        )
-    return Stored(label=types.pop(), forms=forms)
+    names = {form.name for form in forms.values()}
+    if names != {own}:
+        found = " and ".join(sorted(names)) or "dense"
+        raise CheckpointError(f"config.json says that matrices are {own}; they are {found}")
+    return Stored(label=own, forms=forms)
 
 
-def _form(matrix: Matrix, headers: Mapping[str, Header]) -> Form | None:
+def _form(matrix: Matrix, headers: Mapping[str, Header]) -> Format | None:
     """Returns a matrix's form by what is stored beside it; None: it is dense."""
     if f"{matrix.name}.SCB" in headers:
-        return EightBit()
+        return EightBits()
     absmax = headers.get(f"{matrix.name}.weight.absmax")
     if absmax is None:
         return None
     num_blocks = math.prod(absmax.shape)
     for block_size in _BLOCK_SIZES:
         if -(-matrix.num_weights // block_size) == num_blocks:
-            return FourBit(block_size=block_size)
+            return FourBits(codebook=_codebook(matrix, headers), block_size=block_size)
     raise CheckpointError(
         f"tensor {matrix.name}.weight.absmax has {num_blocks} scales for {matrix.num_weights}"
         f" weights; blocks are of {_BLOCK_SIZES[0]} to {_BLOCK_SIZES[-1]}"
     )
+
+
+def _codebook(matrix: Matrix, headers: Mapping[str, Header]) -> str:
+    for name in CODEBOOKS:
+        if f"{matrix.name}.weight.quant_state.bitsandbytes__{name}" in headers:
+            return name
+    raise CheckpointError(f"tensor {matrix.name}.weight has scales of 4 bits and no quant_state")
 
 
 def _check_shapes(
@@ -128,12 +120,12 @@ def _check_shapes(
         for matrix in matrices(config)
         if matrix.name != HEAD or not config.tied_embeddings
     }
-    expected[_EMBEDDING] = (config.vocab_size, config.hidden_size)
+    expected[EMBEDDING] = (config.vocab_size, config.hidden_size)
     for name, shape in expected.items():
         header = headers.get(f"{name}.weight")
         if header is None:
             raise CheckpointError(f"tensor {name}.weight is missing")
-        if isinstance(forms.get(name), FourBit):
+        if isinstance(forms.get(name), FourBits):
             if math.prod(header.shape) * 2 != math.prod(shape):
                 raise CheckpointError(
                     f"tensor {name}.weight has {math.prod(header.shape)} bytes for"

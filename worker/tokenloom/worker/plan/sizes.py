@@ -11,52 +11,20 @@ How the ranks of a group share a decoder:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.formats import EightBits, Format, FourBits
+from tokenloom.worker.matrices import HEAD, Matrix, matrices
 
-HEAD = "lm_head"
-BLOCK_SIZE = 64
-"""Weights that share a scale where 4-bit weights are made by the worker itself."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SCALE_BYTES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dense:
-    """In the type of the activations."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FourBit:
-    """Codes of half a byte, and a float32 scale for each `block_size` inputs."""
-
-    block_size: int = BLOCK_SIZE
-
-
-@dataclass(frozen=True, kw_only=True)
-class EightBit:
-    """Codes of a byte, and a float32 scale for each output."""
-
-
-Form: TypeAlias = Dense | FourBit | EightBit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """A projection, under its checkpoint's name."""
-
-    name: str
-    num_outputs: int
-    num_inputs: int
-    has_bias: bool = False
-
-    @property
-    def num_weights(self) -> int:
-        """Without the bias."""
-        return self.num_outputs * self.num_inputs
+Form: TypeAlias = Format | None
+"""None: in the type of the activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,30 +74,6 @@ def shard(config: ModelConfig, num_ranks: int) -> ModelConfig:
     )
 
 
-def matrices(config: ModelConfig) -> Iterator[Matrix]:
-    """Yields the matrices of all layers and the head, which is there if it is tied, too."""
-    hidden, width = config.hidden_size, config.intermediate_size
-    num_q, num_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = (
-        ("self_attn.q_proj", num_q, hidden, config.qkv_bias),
-        ("self_attn.k_proj", num_kv, hidden, config.qkv_bias),
-        ("self_attn.v_proj", num_kv, hidden, config.qkv_bias),
-        ("self_attn.o_proj", hidden, num_q, config.o_bias),
-        ("mlp.gate_proj", width, hidden, config.mlp_bias),
-        ("mlp.up_proj", width, hidden, config.mlp_bias),
-        ("mlp.down_proj", hidden, width, config.mlp_bias),
-    )
-    for layer in range(config.num_layers):
-        for name, num_outputs, num_inputs, has_bias in shapes:
-            yield Matrix(
-                name=f"model.layers.{layer}.{name}",
-                num_outputs=num_outputs,
-                num_inputs=num_inputs,
-                has_bias=has_bias,
-            )
-    yield Matrix(name=HEAD, num_outputs=config.vocab_size, num_inputs=hidden)
-
-
 def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int) -> WeightBytes:
     """Returns what a rank keeps of the decoder that it computes.
 
@@ -144,7 +88,7 @@ def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int
         num_bytes = _matrix_bytes(matrix, form, item_bytes)
         if matrix.name != HEAD:
             layers += num_bytes
-        elif not (config.tied_embeddings and form == Dense()):
+        elif not (config.tied_embeddings and form is None):
             head = num_bytes
     embedding = config.vocab_size * config.hidden_size * item_bytes
     return WeightBytes(layers=layers, embedding=embedding, head=head)
@@ -152,7 +96,7 @@ def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int
 
 def all_dense(config: ModelConfig) -> dict[str, Form]:
     """Returns the forms of a decoder without quantization."""
-    return {matrix.name: Dense() for matrix in matrices(config)}
+    return {matrix.name: None for matrix in matrices(config)}
 
 
 def num_weights(config: ModelConfig) -> int:
@@ -163,12 +107,12 @@ def num_weights(config: ModelConfig) -> int:
 def _matrix_bytes(matrix: Matrix, form: Form, item_bytes: int) -> int:
     bias = matrix.num_outputs * item_bytes if matrix.has_bias else 0
     match form:
-        case Dense():
+        case None:
             return matrix.num_weights * item_bytes + bias
-        case FourBit():
+        case FourBits():
             num_blocks = matrix.num_weights // form.block_size
             return matrix.num_weights // 2 + num_blocks * _SCALE_BYTES + bias
-        case EightBit():
+        case EightBits():
             return matrix.num_weights + matrix.num_outputs * _SCALE_BYTES + bias
         case _:
             assert_never(form)

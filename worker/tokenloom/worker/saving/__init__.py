@@ -1,0 +1,1 @@
+"""`tokenloom quantize`: a quantized copy of a checkpoint, as transformers would save it."""
