@@ -6,16 +6,20 @@ Needs a CUDA device. Every kernel runs in a CUDA graph over inputs that together
 exceed the L2 cache, beside what it replaces: attention as it is chosen for a step
 beside each backend that works there, the fused operations beside their torch
 twins, the matmuls of a layer and of the head, with norms and all but attention,
-beside the dense library's. Sizes are Llama-3-8B's; attention is measured with
+beside the dense library's; the same with matrices of 8 bits, beside bitsandbytes'
+operation where it is installed. Sizes are Llama-3-8B's; attention is measured with
 Qwen3-0.6B's heads and matmuls with its sizes as well. Prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -26,7 +30,7 @@ from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.linears import DenseLinear
+from tokenloom.worker.linears import DenseLinear, EightBitLinear, Linear
 from tokenloom.worker.options import ATTENTION_NAMES
 
 DEVICE = torch.device("cuda")
@@ -49,6 +53,7 @@ MIXED = ((64, 1024), (256, 2048))
 """(requests that decode at a context of 1,024, tokens of one prompt)"""
 NUM_TOKENS = (1, 32, 256, 8192)
 NUM_ROWS = (1, 2, 4, 8, 16, 32)
+NUM_EIGHT_BIT_ROWS = (*NUM_ROWS, 64, 128, 256, 512, 2048, 8192)
 FRESH_BYTES = 256 * 1024**2
 """Of inputs in turn: several times the L2 cache."""
 NUM_REPLAYS = 7
@@ -320,19 +325,24 @@ def linear(num_outputs: int, num_inputs: int) -> DenseLinear:
     return DenseLinear(weight=weight, bias=None)
 
 
+def layer_matrices(model: Model) -> list[tuple[DenseLinear, ...]]:
+    """Returns qkv, output, gate and up, down of each layer."""
+    num_q, hidden_size = model.num_heads * model.head_dim, model.hidden_size
+    return [
+        (
+            linear(num_q + 2 * model.num_kv_heads * model.head_dim, hidden_size),
+            linear(hidden_size, num_q),
+            linear(2 * model.intermediate_size, hidden_size),
+            linear(hidden_size, model.intermediate_size),
+        )
+        for _ in range(model.num_layers)
+    ]
+
+
 def linear_rows() -> Iterator[Row]:
     """Yields a layer's matmuls and the head's, ours and the library's."""
     for model in MODELS:
-        num_q, hidden_size = model.num_heads * model.head_dim, model.hidden_size
-        layers = [
-            (
-                linear(num_q + 2 * model.num_kv_heads * model.head_dim, hidden_size),
-                linear(hidden_size, num_q),
-                linear(2 * model.intermediate_size, hidden_size),
-                linear(hidden_size, model.intermediate_size),
-            )
-            for _ in range(model.num_layers)
-        ]
+        layers, hidden_size = layer_matrices(model), model.hidden_size
         head = linear(model.vocab_size, hidden_size)
         for num_rows in NUM_ROWS:
             for operations in (FusedOperations(), LibraryOperations()):
@@ -353,18 +363,63 @@ def linear_rows() -> Iterator[Row]:
                 )
 
 
+def eight_bit(dense: DenseLinear) -> EightBitLinear:
+    """Returns the matrix with each output's weights rounded to -127 … 127 of the largest."""
+    scales = dense.weight.abs().amax(1).float() / 127
+    codes = (dense.weight / scales[:, None]).round().to(torch.int8)
+    return EightBitLinear(codes=codes, scales=scales, bias=None)
+
+
+class BitsandbytesLinear(EightBitLinear):
+    """A matrix that bitsandbytes' operation multiplies with."""
+
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns [num_rows, num_outputs]."""
+        assert out is None
+        ops, scales = torch.ops.bitsandbytes, self.scales * 127
+        codes, largest, _ = ops.int8_vectorwise_quant(rows.half(), 0.0)
+        product: Tensor = ops.int8_scaled_mm(codes, self.codes, largest, scales, dtype=DTYPE)
+        return product
+
+
+def eight_bit_rows() -> Iterator[Row]:
+    """Yields a layer's matmuls: dense as they are done, of 8 bits ours and bitsandbytes'."""
+    for model in MODELS:
+        dense = layer_matrices(model)
+        narrow = [tuple(map(eight_bit, layer)) for layer in dense]
+        backends: list[tuple[str, Operations, Sequence[tuple[Linear, ...]]]] = [
+            ("dense", FusedOperations(), dense),
+            ("triton", FusedOperations(), narrow),
+        ]
+        if find_spec("bitsandbytes"):
+            import_module("bitsandbytes")
+            theirs = [tuple(BitsandbytesLinear(**vars(each)) for each in layer) for layer in narrow]
+            backends.append(("bnb", LibraryOperations(), theirs))
+        for num_rows in NUM_EIGHT_BIT_ROWS:
+            for name, operations, layers in backends:
+                yield Row(
+                    kernel=f"{model.name} int8",
+                    shape=f"{num_rows} rows",
+                    backend=name,
+                    seconds=seconds_each(layers_call(operations, layers, num_rows), 1)
+                    / model.num_layers,
+                    num_bytes=sum(math.prod(each.shape) for each in layers[0])
+                    * (2 if name == "dense" else 1),
+                )
+
+
 def layers_call(
-    operations: Operations, layers: Sequence[tuple[DenseLinear, ...]], num_rows: int
+    operations: Operations, layers: Sequence[tuple[Linear, ...]], num_rows: int
 ) -> Callable[[int], object]:
     """Returns a call that runs layers whose attention returns the first of its inputs."""
-    hidden_size = layers[0][0].weight.shape[1]
+    hidden_size = layers[0][0].shape[1]
     hidden, gain = normal(num_rows, hidden_size), normal(hidden_size)
 
     def call(_: int) -> Tensor:
         residual = Residual(hidden)
         for qkv, output, gate_up, down in layers:
             heads = operations.norm_linear(residual, gain, 1e-5, qkv)
-            num_q = output.weight.shape[1]
+            num_q = output.shape[1]
             mixed = heads.view(-1)[: num_rows * num_q].view(num_rows, num_q)
             operations.add_linear(residual, mixed, output)
             activated = operations.norm_gate_up(residual, gain, 1e-5, gate_up)
@@ -384,7 +439,7 @@ def head_call(operations: Operations, head: DenseLinear, num_rows: int) -> Calla
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Bandwidth of the worker's kernels.")
-    names = ("attend", *OPERATIONS, "linear")
+    names = ("attend", *OPERATIONS, "linear", "eight_bit")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -398,6 +453,9 @@ def main() -> None:
             print(row, flush=True)
         if "linear" in args.only:
             for row in linear_rows():
+                print(row, flush=True)
+        if "eight_bit" in args.only:
+            for row in eight_bit_rows():
                 print(row, flush=True)
 
 

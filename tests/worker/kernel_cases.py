@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tokenloom.worker.attention import Attention, Pages
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.linears import DenseLinear
+from tokenloom.worker.linears import DenseLinear, EightBitLinear, Linear
 
 EPS = 1e-6
 ATTENTION_ERROR = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 5e-6}
@@ -170,9 +170,9 @@ class LinearCase:
 
     hidden: Tensor
     norm_weight: Tensor
-    wide: DenseLinear
+    wide: Linear
     """[2 * num_outputs, num_inputs]"""
-    narrow: DenseLinear
+    narrow: Linear
     """[num_inputs, num_outputs]"""
 
     def apply(self, operations: Operations) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +211,41 @@ def linear_case(
     )
 
 
+def eight_bit_linear(
+    num_outputs: int, num_inputs: int, *, bias: bool, dtype: torch.dtype, device: str
+) -> EightBitLinear:
+    """Returns a random matrix that leaves the size of numbers as it is."""
+    rng = torch.Generator(device).manual_seed(num_outputs + num_inputs)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device)
+
+    codes = (40 * normal(num_outputs, num_inputs)).round().clamp(-127, 127)
+    own = normal(num_outputs).to(dtype) if bias else None
+    spread = 0.5 + torch.rand(num_outputs, generator=rng, device=device)
+    return EightBitLinear(
+        codes=codes.to(torch.int8), scales=spread / 40 * num_inputs**-0.5, bias=own
+    )
+
+
+def eight_bit_case(
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    *,
+    bias: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> LinearCase:
+    """Returns a `linear_case` whose matrices are of 8 bits."""
+    dense = linear_case(num_rows, 1, num_inputs, bias=bias, dtype=dtype, device=device)
+    return replace(
+        dense,
+        wide=eight_bit_linear(2 * num_outputs, num_inputs, bias=bias, dtype=dtype, device=device),
+        narrow=eight_bit_linear(num_inputs, num_outputs, bias=bias, dtype=dtype, device=device),
+    )
+
+
 def assert_multiplies_like_its_twin(operations: Operations, case: LinearCase) -> None:
     for mine, expected in zip(case.apply(operations), case.apply(TorchOperations()), strict=True):
         assert mine.shape == expected.shape
@@ -219,7 +254,7 @@ def assert_multiplies_like_its_twin(operations: Operations, case: LinearCase) ->
         # a number or two has nothing to average that over, and what it lost by being small
         # (all are around 1) it lost to both; of matrices of one input the library rounds each
         # product before it adds the bias.
-        few = min(mine.shape[1], case.narrow.weight.shape[1]) <= 2
+        few = min(mine.shape[1], case.narrow.shape[1]) <= 2
         bound = ULP[mine.dtype] * (2 if few else 0.5)
         scale = expected.double().norm(dim=1).clamp(min=mine.shape[1] ** 0.5)
         assert float((wrong / scale).max()) < bound

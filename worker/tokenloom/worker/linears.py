@@ -6,7 +6,8 @@
     8 bits    codes[k] * scale                                   1
 
 Codes and scales are bitsandbytes' own. Called as they are, 4 and 8 bits are made dense in
-float32, rounded to the rows' type and multiplied: what kernels are tested against.
+float32, rounded to the rows' type and multiplied: what kernels are tested against. 8 bits with
+a threshold are multiplied as bitsandbytes does it, by parts, which is slow and has no kernel.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class EightBitLinear:
     """float32 [num_outputs]: bitsandbytes' SCB / 127"""
     bias: Tensor | None
     """[num_outputs] in the type of the activations"""
+    threshold: float = 0.0
+    """Above 0, rows are quantized but for inputs where one of them reaches it"""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,7 +133,12 @@ class EightBitLinear:
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
-        return _multiply(rows, self.dense(rows.dtype), self.bias, out)
+        if self.threshold == 0:
+            return _multiply(rows, self.dense(rows.dtype), self.bias, out)
+        bias = None if self.bias is None else self.bias.float()
+        taken = _quantized_but_outliers(rows, self.threshold)
+        result = _multiply(taken, self.dense(torch.float32), bias, None).to(rows.dtype)
+        return result if out is None else out.copy_(result)
 
 
 Linear: TypeAlias = DenseLinear | FourBitLinear | EightBitLinear
@@ -150,3 +158,16 @@ def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
 
 def _num_bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _quantized_but_outliers(rows: Tensor, threshold: float) -> Tensor:
+    """Returns float32 [num_rows, num_inputs]: what LLM.int8() multiplies (Dettmers et al., 2022).
+
+    Numbers that reach the threshold count for no row's scale. Their inputs stay as they are in
+    all rows, whose other numbers are rounded to -127 … 127 of the scale.
+    """
+    wide = rows.float()
+    outliers = wide.abs() >= threshold
+    scales = wide.masked_fill(outliers, 0).abs().amax(1, keepdim=True) / 127
+    codes = (wide / scales.masked_fill(scales == 0, 1)).round()
+    return torch.where(outliers.any(0), wide, codes * scales)

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residual
+from tokenloom.worker.kernels.eight_bit import multiply_eight_bit
 from tokenloom.worker.kernels.linear import choose_cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
-from tokenloom.worker.linears import DenseLinear
+from tokenloom.worker.linears import DenseLinear, EightBitLinear
 
 if TYPE_CHECKING:
     from tokenloom.worker.linears import Linear
@@ -168,6 +169,11 @@ class FusedOperations(Operations):
             if out is None:
                 out = hidden.new_empty((len(hidden), linear.shape[0]))
             return multiply(cut, hidden, linear, out, norm=(weight, eps))
+        if isinstance(linear, EightBitLinear) and linear.threshold == 0:
+            hidden = residual.sum()
+            if out is None:
+                out = hidden.new_empty((len(hidden), linear.shape[0]))
+            return multiply_eight_bit(hidden, linear, out, norm=(weight, eps))
         return super().norm_linear(residual, weight, eps, linear, out)
 
     def norm_gate_up(
@@ -180,6 +186,10 @@ class FusedOperations(Operations):
             hidden = residual.sum()
             out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
             return multiply(cut, hidden, linear, out, norm=(weight, eps), gated=True)
+        if isinstance(linear, EightBitLinear) and linear.threshold == 0:
+            hidden = residual.sum()
+            out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
+            return multiply_eight_bit(hidden, linear, out, norm=(weight, eps), gated=True)
         return super().norm_gate_up(residual, weight, eps, linear)
 
     def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
@@ -187,6 +197,9 @@ class FusedOperations(Operations):
         if isinstance(linear, DenseLinear) and (cut := choose_cut(len(rows), linear)):
             hidden = residual.sum()
             multiply(cut, rows, linear, hidden, residual=hidden)
+        elif isinstance(linear, EightBitLinear) and linear.threshold == 0:
+            hidden = residual.sum()
+            multiply_eight_bit(rows, linear, hidden, residual=hidden)
         else:
             super().add_linear(residual, rows, linear)
 

@@ -5,6 +5,7 @@ kernels read them as fast as the memory gives them:
 
 - `_multiply_by_lanes`: each lane multiplies what it loaded and sums by itself; the sums
   meet at the end. It reads faster than the dense library, but its time grows with each row.
+  Weights may be whole numbers of 8 bits, widened on the way.
 - `_multiply_by_tiles`: the matrix unit multiplies. A warp's plain 16-byte loads are its
   operand as they stand, since inputs are numbered in the order in which lanes load them:
 
@@ -22,16 +23,13 @@ where the twin rounds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
-
-if TYPE_CHECKING:
-    from tokenloom.worker.linears import DenseLinear
+from tokenloom.worker.linears import DenseLinear, EightBitLinear
 
 _MAX_ROWS = 16
 _MAX_SHARED_BYTES = 16 * 1024**2
@@ -95,10 +93,17 @@ def choose_cut(num_rows: int, linear: DenseLinear, *, gated: bool = False) -> Cu
     )
 
 
+def _parts(linear: DenseLinear | EightBitLinear) -> tuple[Tensor, Tensor | None]:
+    """Returns what rows are multiplied with, and what each output is then scaled by."""
+    if isinstance(linear, DenseLinear):
+        return linear.weight, None
+    return linear.codes, linear.scales
+
+
 def multiply(
     cut: Cut,
     rows: Tensor,
-    linear: DenseLinear,
+    linear: DenseLinear | EightBitLinear,
     out: Tensor,
     *,
     norm: tuple[Tensor, float] | None = None,
@@ -118,11 +123,13 @@ def multiply(
     """
     num_rows, num_outputs = out.shape
     gain, eps = norm or (None, 0.0)
+    weight, scales = _parts(linear)
     overlapped = overlaps(rows.device)
     kernel = _multiply_by_tiles if cut.matrix_unit else _multiply_by_lanes
     kernel[(triton.cdiv(num_outputs, cut.num_outputs),)](
         rows,
-        linear.weight,
+        weight,
+        scales,
         linear.bias,
         gain,
         residual,
@@ -130,7 +137,7 @@ def multiply(
         num_rows,
         num_outputs,
         eps,
-        NUM_INPUTS=linear.weight.shape[1],
+        NUM_INPUTS=weight.shape[1],
         ROWS=triton.next_power_of_2(max(num_rows, 8 if cut.matrix_unit else 1)),
         OUTPUTS=cut.num_outputs,
         INPUTS=cut.num_inputs,
@@ -218,10 +225,43 @@ def _finish(
     tl.store(out + cells, result, mask=inside)
 
 
+@triton.jit
+def _sum_products(
+    x: tl.tensor,
+    weights: tl.tensor,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+) -> tl.tensor:
+    """Returns [ROWS, OUTPUTS, INPUTS / 8] sums of eight products each.
+
+    A code is not converted: 2**15 of the bits of 384.0 stand for 1, so a code in its
+    place, added to them, makes 384 + code. What that is too much comes off the sum.
+    """
+    if weights.dtype == tl.int8:
+        bits = (weights.to(tl.int32) << 15) + 0x43C00000
+        products = x * bits.to(tl.float32, bitcast=True)
+    else:
+        products = x * weights.to(tl.float32)
+    sums = tl.sum(tl.reshape(products, [ROWS, OUTPUTS, INPUTS // 8, 8]), 3)
+    if weights.dtype == tl.int8:
+        sums -= 384.0 * tl.sum(tl.reshape(x, [ROWS, 1, INPUTS // 8, 8]), 3)
+    return sums
+
+
+@triton.jit
+def _scaled(total: tl.tensor, scales: tl.tensor, line: tl.tensor, num_lines: int) -> tl.tensor:
+    """Returns [ROWS, OUTPUTS] sums in the scales of their lines of the matrix, if it has any."""
+    if scales is not None:
+        total *= tl.load(scales + line, mask=line < num_lines, other=0.0)[None, :]
+    return total
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _multiply_by_lanes(
     rows: tl.tensor,
     weight: tl.tensor,
+    scales: tl.tensor,
     bias: tl.tensor,
     gain: tl.tensor,
     residual: tl.tensor,
@@ -241,7 +281,8 @@ def _multiply_by_lanes(
     let_next_start(OVERLAPPED)
     row = tl.arange(0, ROWS)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    inputs = tl.arange(0, INPUTS)[None, None, :]
+    # No lane loads more than 8 in a row, however narrow weights are.
+    inputs = tl.max_contiguous(tl.arange(0, INPUTS), 8)[None, None, :]
     # Outputs past the end are the last one again: nothing is written for them.
     line = tl.minimum(output, num_outputs - 1).to(tl.int64)[None, :, None]
     cells = weight + line * NUM_INPUTS + inputs
@@ -277,15 +318,12 @@ def _multiply_by_lanes(
             x = _normalize(x, scale, g)
             if begin + INPUTS < NUM_INPUTS:
                 g = _load_gain(gain, inputs, begin + INPUTS, INPUTS, NUM_INPUTS)
-        x = x.to(tl.float32)
-        products = tl.reshape(x * w_now.to(tl.float32), [ROWS, OUTPUTS, INPUTS // 8, 8])
-        sums += tl.sum(products, 3)
+        sums += _sum_products(x.to(tl.float32), w_now, ROWS, OUTPUTS, INPUTS)
         if GATED:
-            products = tl.reshape(x * u_now.to(tl.float32), [ROWS, OUTPUTS, INPUTS // 8, 8])
-            up_sums += tl.sum(products, 3)
+            up_sums += _sum_products(x.to(tl.float32), u_now, ROWS, OUTPUTS, INPUTS)
     _finish(
-        tl.sum(sums, 2),
-        tl.sum(up_sums, 2),
+        _scaled(tl.sum(sums, 2), scales, output, num_outputs),
+        _scaled(tl.sum(up_sums, 2), scales, output + num_outputs, num_outputs * (1 + GATED)),
         bias,
         residual,
         out,
@@ -317,6 +355,7 @@ def _as_operand(
 def _multiply_by_tiles(
     rows: tl.tensor,
     weight: tl.tensor,
+    scales: tl.tensor,  # noqa: ARG001  one signature for both kernels
     bias: tl.tensor,
     gain: tl.tensor,
     residual: tl.tensor,

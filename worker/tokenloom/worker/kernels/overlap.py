@@ -26,13 +26,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @cache
-def overlaps(device: torch.device) -> bool:
-    """Returns whether kernels can be launched this way, `launch_pdl=True` to Triton.
-
-    The meta device stands for the present CUDA device.
-    """
+def real(device: torch.device) -> torch.device:
+    """Returns what the meta device stands for: the present CUDA device, if there is one."""
     if device.type == "meta" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Returns whether kernels can be launched this way, `launch_pdl=True` to Triton."""
+    device = real(device)
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
