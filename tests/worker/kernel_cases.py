@@ -112,6 +112,12 @@ def assert_norms_like_its_twin(
     normed = operations.add_norm(hidden, update, weight, EPS)
     assert torch.equal(hidden, expected)
     torch.testing.assert_close(normed, expected_norm, rtol=2 * ULP[dtype], atol=0)
+    # Whole numbers: in which order they are added up makes no difference.
+    partial_sums = torch.randint(-9, 9, (3, num_rows, size), generator=rng).to(device).float()
+    expected_norm = twin.add_norm(expected, partial_sums, weight, EPS)
+    normed = operations.add_norm(hidden, partial_sums, weight, EPS)
+    assert torch.equal(hidden, expected)
+    torch.testing.assert_close(normed, expected_norm, rtol=2 * ULP[dtype], atol=0)
 
 
 def assert_places_heads_like_its_twin(

@@ -41,6 +41,14 @@ def test_what_is_added_later_is_added_once() -> None:
     assert residual.sum().tolist() == [[111.0, 12.0], [23.0, 124.0]]
 
 
+def test_partial_sums_are_added_up_before_they_are_rounded() -> None:
+    # To bfloat16 256 + 1 is 256; the next number is 258.
+    residual = Residual(torch.zeros(2, 1, dtype=torch.bfloat16))
+    residual.add_later(torch.tensor([[[256.0], [1.0]], [[1.0], [2.0]], [[1.0], [3.0]]]))
+    assert residual.at(torch.tensor([1])).sum().tolist() == [[6.0]]
+    assert residual.sum().tolist() == [[258.0], [6.0]]
+
+
 def test_operations_with_a_matmul_are_made_of_the_others() -> None:
     case = kernel_cases.linear_case(3, 8, 16, bias=True, dtype=torch.float32, device="cpu")
     operations = TorchOperations()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from tokenloom.worker.linears import Linear
@@ -40,11 +41,12 @@ class Residual:
     """The hidden states that run through the layers, which each adds to.
 
     What a matmul adds may be left aside: whoever normalizes the sum next adds it
-    in the same pass.
+    in the same pass. It is [num_rows, hidden_size] like the states or, unfinished,
+    float32 [num_splits, num_rows, hidden_size] partial sums of it.
     """
 
     def __init__(self, hidden: Tensor, update: Tensor | None = None) -> None:
-        """Takes [num_rows, hidden_size], both, to be changed in place."""
+        """Takes [num_rows, hidden_size] states, to be changed in place, and what they lack."""
         self._hidden = hidden
         self._update = update
 
@@ -63,12 +65,17 @@ class Residual:
     def sum(self) -> Tensor:
         """Returns the states with all that was added; changes in place are changes to them."""
         hidden, update = self.parts()
-        return hidden if update is None else hidden.add_(update)
+        return hidden if update is None else hidden.add_(finished(update, hidden.dtype))
 
     def at(self, rows: Tensor) -> Residual:
         """Returns a copy of int64 [num_rows] rows."""
-        update = None if self._update is None else self._update[rows]
+        update = None if self._update is None else self._update[..., rows, :]
         return Residual(self._hidden[rows], update)
+
+
+def finished(update: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns [num_rows, size] of an update: partial sums are added up and rounded once."""
+    return update if update.dim() == 2 else update.sum(0).to(dtype)
 
 
 class Operations(Protocol):
@@ -122,7 +129,11 @@ class Operations(Protocol):
         """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
 
     def add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Adds update to hidden in place, [num_rows, size] both, and returns its norm."""
+        """Adds update, as a `Residual` has it, to [num_rows, size] hidden in place.
+
+        Returns:
+            The norm of the sum, [num_rows, size].
+        """
 
     def place_heads(
         self,
@@ -152,6 +163,13 @@ class Operations(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Returns silu(gate) * up, [num_rows, size], for [num_rows, 2 * size] gate and up."""
 
+    def norm_sum(self, residual: Residual, weight: Tensor, eps: float) -> Tensor:
+        """Returns the norm of the rows with all that was added, [num_rows, size]."""
+        hidden, update = residual.parts()
+        if update is None:
+            return self.norm(hidden, weight, eps)
+        return self.add_norm(hidden, update, weight, eps)
+
     def norm_linear(
         self,
         residual: Residual,
@@ -169,10 +187,7 @@ class Operations(Protocol):
             linear: The matrix.
             out: Where the result goes, if that matters.
         """
-        hidden, update = residual.parts()
-        if update is None:
-            return linear(self.norm(hidden, weight, eps), out)
-        return linear(self.add_norm(hidden, update, weight, eps), out)
+        return linear(self.norm_sum(residual, weight, eps), out)
 
     def norm_gate_up(
         self, residual: Residual, weight: Tensor, eps: float, linear: Linear

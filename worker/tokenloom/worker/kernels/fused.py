@@ -95,7 +95,7 @@ class FusedOperations(Operations):
         return _launch_norm(rows, None, weight, eps)
 
     def add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Adds update to hidden in place, [num_rows, size] both, and returns its norm."""
+        """Adds update to [num_rows, size] hidden in place and returns the norm of the sum."""
         return _launch_norm(hidden, update, weight, eps)
 
     def place_heads(
@@ -265,6 +265,7 @@ def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float
     normed = torch.empty_like(rows)  # [num_rows, size]
     num_rows, size = rows.shape
     columns = triton.next_power_of_2(size)
+    num_splits = len(update) if update is not None and update.dim() == 3 else 0
     overlapped = overlaps(rows.device)
     _add_norm[(num_rows,)](
         rows,
@@ -274,8 +275,10 @@ def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float
         size,
         eps,
         COLUMNS=columns,
+        SPLITS=num_splits,
         OVERLAPPED=overlapped,
-        num_warps=min(max(columns // 512, 1), 16),  # 16 numbers a thread, in 16-byte loads
+        # 16 numbers a thread in 16-byte loads; of partial sums, which are many, 4.
+        num_warps=min(max(columns // (128 if num_splits else 512), 1), 16),
         launch_pdl=overlapped,
     )
     return normed
@@ -290,9 +293,10 @@ def _add_norm(
     size: int,
     eps: float,
     COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ) -> None:
-    """A program a row."""
+    """A program a row; with splits the update is float32 partial sums."""
     let_next_start(OVERLAPPED)
     columns = tl.arange(0, COLUMNS)
     inside = columns < size
@@ -302,6 +306,11 @@ def _add_norm(
     x = tl.load(hidden + row, mask=inside, other=0.0)
     if update is not None:
         added = tl.load(update + row, mask=inside, other=0.0)
+        if SPLITS:
+            part = tl.num_programs(0).to(tl.int64) * size
+            for split in tl.static_range(1, SPLITS):
+                added += tl.load(update + split * part + row, mask=inside, other=0.0)
+            added = added.to(x.dtype)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
         tl.store(hidden + row, x, mask=inside)
     wide = x.to(tl.float32)

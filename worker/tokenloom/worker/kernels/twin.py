@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations
+from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, finished
 from tokenloom.worker.rotary import rotate
 
 
@@ -52,8 +52,8 @@ class TorchOperations(Operations):
         return weight * (wide * scale).to(rows.dtype)
 
     def add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Adds update to hidden in place, [num_rows, size] both, and returns its norm."""
-        return self.norm(hidden.add_(update), weight, eps)
+        """Adds update to [num_rows, size] hidden in place and returns the norm of the sum."""
+        return self.norm(hidden.add_(finished(update, hidden.dtype)), weight, eps)
 
     def place_heads(
         self,
