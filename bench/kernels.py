@@ -52,8 +52,8 @@ DECODES = (
 MIXED = ((64, 1024), (256, 2048))
 """(requests that decode at a context of 1,024, tokens of one prompt)"""
 NUM_TOKENS = (1, 32, 256, 8192)
-NUM_ROWS = (1, 2, 4, 8, 16, 32)
-NUM_EIGHT_BIT_ROWS = (*NUM_ROWS, 64, 128, 256, 512, 2048, 8192)
+NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+NUM_EIGHT_BIT_ROWS = (*NUM_ROWS, 256, 512, 2048, 8192)
 FRESH_BYTES = 256 * 1024**2
 """Of inputs in turn: several times the L2 cache."""
 NUM_REPLAYS = 7

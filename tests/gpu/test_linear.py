@@ -1,4 +1,4 @@
-"""Few rows times a matrix: our kernels against their twins, and as parts of a chain."""
+"""Up to 128 rows times a matrix: our kernels against their twins, and as parts of a chain."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from torch import Tensor
 from tests.worker import kernel_cases
 from tokenloom.worker.kernels import Residual
 from tokenloom.worker.kernels.fused import FusedOperations
-from tokenloom.worker.kernels.linear import choose_cut
+from tokenloom.worker.kernels.streamed import choose_tiling
 from tokenloom.worker.linears import DenseLinear
 
 BF16 = torch.bfloat16
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 8, 128
 NUM_STARTS = 12
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="matrices are streamed on Hopper alone",
+)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9, 16, 17])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9, 16, 17, 33, 64, 65, 128, 129])
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs", "bias", "dtype"),
     [
@@ -29,10 +33,12 @@ NUM_STARTS = 12
         (33, 72, True, BF16),
         (7, 100, False, torch.float16),
         (1, 3000, True, BF16),
+        (1000, 1032, True, BF16),
+        (968, 904, False, torch.float16),
         (3072, 1024, True, torch.float32),
     ],
 )
-def test_few_rows_are_multiplied_as_by_the_twin(
+def test_rows_are_multiplied_as_by_the_twin(
     monkeypatch: pytest.MonkeyPatch,
     num_rows: int,
     num_outputs: int,
@@ -60,7 +66,39 @@ def test_one_row_is_multiplied_as_by_the_twin_with_a_large_matrix(
     kernel_cases.assert_multiplies_like_its_twin(FusedOperations(), case)
 
 
-@pytest.mark.parametrize("num_rows", [2, 8, 16])
+@pytest.mark.parametrize("num_rows", [2, 11, 32, 64, 100, 128])
+@pytest.mark.parametrize(("num_outputs", "bias"), [(14336, False), (8480, True)])
+def test_several_rows_are_multiplied_as_by_the_twin_with_a_large_matrix(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, num_outputs: int, bias: bool
+) -> None:
+    kernel_cases.poison_new_memory(monkeypatch)
+    case = kernel_cases.linear_case(
+        num_rows, num_outputs, 4096, bias=bias, dtype=BF16, device="cuda"
+    )
+    kernel_cases.assert_multiplies_like_its_twin(FusedOperations(), case)
+
+
+@needs_hopper
+def test_a_streamed_row_is_the_same_however_many_there_are() -> None:
+    case = kernel_cases.linear_case(64, 8704, 4096, bias=True, dtype=BF16, device="cuda")
+
+    def normed_sum(num_rows: int) -> tuple[Tensor, Tensor]:
+        """Gate and up are 128 lines a program, and the other matrix is split."""
+        ops, residual = FusedOperations(), Residual(case.hidden[:num_rows].clone())
+        gated = ops.norm_gate_up(residual, case.norm_weight, kernel_cases.EPS, case.wide)
+        ops.add_linear(residual, gated, case.narrow)
+        return gated, ops.norm_sum(residual, case.norm_weight, kernel_cases.EPS)
+
+    for linear, gated in ((case.wide, True), (case.narrow, False)):
+        assert isinstance(linear, DenseLinear)
+        assert choose_tiling(64, linear, gated=gated) is not None
+    all_rows = normed_sum(64)
+    for num_rows in (2, 7, 16, 24, 33, 63):
+        for one, other in zip(normed_sum(num_rows), all_rows, strict=True):
+            assert torch.equal(one, other[:num_rows])
+
+
+@pytest.mark.parametrize("num_rows", [2, 8, 16, 64])
 def test_a_row_does_not_depend_on_the_others(num_rows: int) -> None:
     case = kernel_cases.linear_case(num_rows, 3072, 1024, bias=False, dtype=BF16, device="cuda")
     first = case.apply(FusedOperations())
@@ -121,10 +159,10 @@ class Layers:
         return torch.cat((logits, keys.flatten(1), values.flatten(1)), dim=1)
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 16, 24])
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 24, 64, 100, 128])
 @pytest.mark.parametrize(
     ("hidden_size", "intermediate_size"),
-    # All are small; gate and up are too large for several rows; only the output projection is not.
+    # All are small; qkv and the output projection are; only the latter is.
     [(1024, 3072), (2048, 6144), (3072, 8192)],
 )
 def test_kernels_that_overlap_give_what_they_give_one_by_one(
@@ -149,16 +187,3 @@ def test_kernels_that_overlap_give_what_they_give_one_by_one(
             static.copy_(start)
             graph.replay()
             assert torch.equal(result, expected)
-
-
-def test_the_library_has_many_rows_large_matrices_and_float32() -> None:
-    def linear(num_outputs: int, num_inputs: int, dtype: torch.dtype = BF16) -> DenseLinear:
-        return DenseLinear(weight=torch.empty(num_outputs, num_inputs, dtype=dtype), bias=None)
-
-    small, large = linear(4096, 1024), linear(28672, 4096)
-    assert choose_cut(1, large) is not None
-    assert choose_cut(2, large) is None
-    assert choose_cut(16, small) is not None
-    assert choose_cut(17, small) is None
-    assert choose_cut(0, small) is None
-    assert choose_cut(1, linear(4096, 1024, torch.float32)) is None

@@ -32,9 +32,8 @@ def main() -> None:
     for num_rows, num_outputs, num_inputs, bias in (
         (1, 13, 40, False),
         (1, 6, 2100, True),
-        (2, 21, 72, True),
-        (8, 40, 1024, False),
-        (13, 24, 2100, True),
+        (1, 21, 72, True),
+        (1, 40, 1024, False),
     ):
         case = kernel_cases.linear_case(
             num_rows, num_outputs, num_inputs, bias=bias, dtype=DTYPE, device=DEVICE

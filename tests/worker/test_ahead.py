@@ -34,10 +34,14 @@ META = torch.device("meta")
 
 @pytest.fixture(autouse=True)
 def _no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton asks for its driver, of which there is none without a GPU."""
+    """Triton asks for its driver, of which there is none without a GPU; kernels are Hopper's."""
     from triton.runtime.driver import driver
 
+    from tokenloom.worker.kernels import overlap
+
     monkeypatch.setattr(driver, "_active", object())
+    monkeypatch.setattr(overlap, "generation", lambda _: 9)
+    monkeypatch.setattr("tokenloom.worker.kernels.streamed.generation", lambda _: 9)
 
 
 def recorded() -> AbstractContextManager[dict[Launch, None]]:

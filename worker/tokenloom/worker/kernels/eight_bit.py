@@ -126,9 +126,7 @@ def choose_cut(linear: EightBitLinear, *, gated: bool = False) -> Cut:
     per_program = 4
     while per_program > 1 and num_outputs < per_program * num_matrices * _NUM_PROGRAMS:
         per_program //= 2
-    return Cut(
-        matrix_unit=False, num_outputs=per_program, num_inputs=at_once, num_warps=at_once // 512
-    )
+    return Cut(num_outputs=per_program, num_inputs=at_once, num_warps=at_once // 512)
 
 
 def choose_tile(num_lines: int, num_outputs: int, num_processors: int) -> Tile:

@@ -18,6 +18,7 @@ from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residu
 from tokenloom.worker.kernels.eight_bit import multiply_eight_bit
 from tokenloom.worker.kernels.linear import choose_cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
+from tokenloom.worker.kernels.streamed import choose_tiling, multiply_streamed
 from tokenloom.worker.linears import DenseLinear, EightBitLinear
 
 if TYPE_CHECKING:
@@ -164,11 +165,15 @@ class FusedOperations(Operations):
         out: Tensor | None = None,
     ) -> Tensor:
         """Returns the matrix times the normalized rows, [num_rows, num_outputs]."""
-        if isinstance(linear, DenseLinear) and (cut := choose_cut(len(residual), linear)):
-            hidden = residual.sum()
-            if out is None:
-                out = hidden.new_empty((len(hidden), linear.shape[0]))
-            return multiply(cut, hidden, linear, out, norm=(weight, eps))
+        if isinstance(linear, DenseLinear):
+            if cut := choose_cut(len(residual), linear):
+                hidden = residual.sum()
+                if out is None:
+                    out = hidden.new_empty((len(hidden), linear.shape[0]))
+                return multiply(cut, hidden, linear, out, norm=(weight, eps))
+            if tiling := choose_tiling(len(residual), linear):
+                rows = self.norm_sum(residual, weight, eps)
+                return multiply_streamed(tiling, rows, linear, out)
         if isinstance(linear, EightBitLinear) and linear.threshold == 0:
             hidden = residual.sum()
             if out is None:
@@ -180,12 +185,14 @@ class FusedOperations(Operations):
         self, residual: Residual, weight: Tensor, eps: float, linear: Linear
     ) -> Tensor:
         """Returns silu(gate) * up of the normalized rows, [num_rows, num_outputs / 2]."""
-        if isinstance(linear, DenseLinear) and (
-            cut := choose_cut(len(residual), linear, gated=True)
-        ):
-            hidden = residual.sum()
-            out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
-            return multiply(cut, hidden, linear, out, norm=(weight, eps), gated=True)
+        if isinstance(linear, DenseLinear):
+            if cut := choose_cut(len(residual), linear, gated=True):
+                hidden = residual.sum()
+                out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
+                return multiply(cut, hidden, linear, out, norm=(weight, eps), gated=True)
+            if tiling := choose_tiling(len(residual), linear, gated=True):
+                rows = self.norm_sum(residual, weight, eps)
+                return multiply_streamed(tiling, rows, linear, gated=True)
         if isinstance(linear, EightBitLinear) and linear.threshold == 0:
             hidden = residual.sum()
             out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
@@ -197,6 +204,10 @@ class FusedOperations(Operations):
         if isinstance(linear, DenseLinear) and (cut := choose_cut(len(rows), linear)):
             hidden = residual.sum()
             multiply(cut, rows, linear, hidden, residual=hidden)
+        elif isinstance(linear, DenseLinear) and (
+            tiling := choose_tiling(len(rows), linear, in_parts=True)
+        ):
+            residual.add_later(multiply_streamed(tiling, rows, linear))
         elif isinstance(linear, EightBitLinear) and linear.threshold == 0:
             hidden = residual.sum()
             multiply_eight_bit(rows, linear, hidden, residual=hidden)
@@ -277,8 +288,8 @@ def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float
         COLUMNS=columns,
         SPLITS=num_splits,
         OVERLAPPED=overlapped,
-        # 16 numbers a thread in 16-byte loads; of partial sums, which are many, 4.
-        num_warps=min(max(columns // (128 if num_splits else 512), 1), 16),
+        # 16 numbers a thread in 16-byte loads; of partial sums, which are many, 2.
+        num_warps=min(max(columns // (64 if num_splits else 512), 1), 32),
         launch_pdl=overlapped,
     )
     return normed

@@ -34,10 +34,15 @@ def real(device: torch.device) -> torch.device:
 
 
 @cache
+def generation(device: torch.device) -> int:
+    """Returns the first number of a GPU's compute capability, 9 of Hopper; 0: it is none."""
+    device = real(device)
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def overlaps(device: torch.device) -> bool:
     """Returns whether kernels can be launched this way, `launch_pdl=True` to Triton."""
-    device = real(device)
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return generation(device) >= 9
 
 
 @triton.jit
