@@ -4,7 +4,7 @@
 
 Needs a CUDA device. Every kernel runs in a CUDA graph over inputs that together
 exceed the L2 cache, beside what it replaces: attention as it is chosen for a step
-beside each backend that works there, the fused operations beside their torch
+beside each backend that works there, with keys and values in 8 bits, too, the fused operations beside their torch
 twins, the matmuls of a layer and of the head, with norms and all but attention,
 beside the dense library's; the same with matrices of 8 bits, beside bitsandbytes'
 operation where it is installed. Sizes are Llama-3-8B's; attention is measured with
@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenloom.worker.attention import Attention, Pages, Spans, choose_attention
+from tokenloom.worker.attention import Attention, Pages, Scales, Spans, choose_attention
 from tokenloom.worker.errors import LoadError
+from tokenloom.worker.fp8 import CODE_DTYPE, to_codes
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
@@ -173,13 +174,14 @@ class AttentionWork:
 
 
 def attention_work(
-    model: Model, steps: Sequence[tuple[int, int]], block_size: int
+    model: Model, steps: Sequence[tuple[int, int]], block_size: int, *, coded: bool = False
 ) -> AttentionWork:
-    """Returns random inputs for spans of (start, length), decodes first."""
+    """Returns random inputs for spans of (start, length), decodes first; `coded`: in 8 bits."""
     starts, lengths = np.array(steps).T
     ends = starts + lengths
     num_blocks = -(-ends // block_size)
-    row_bytes = model.num_kv_heads * model.head_dim * DTYPE.itemsize
+    head_bytes = model.head_dim + 4 if coded else model.head_dim * DTYPE.itemsize
+    row_bytes = model.num_kv_heads * head_bytes
     num_bytes = 2 * int(ends.sum()) * row_bytes
     turns = num_turns(num_bytes)
     shape = (turns, int(num_blocks.sum()), block_size, model.num_kv_heads, model.head_dim)
@@ -189,7 +191,7 @@ def attention_work(
         table[: len(own)] = own
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return AttentionWork(
-        pages=Pages(keys=normal(*shape), values=normal(*shape)),
+        pages=coded_pages(shape) if coded else Pages(keys=normal(*shape), values=normal(*shape)),
         queries=normal(int(lengths.sum()), model.num_heads, model.head_dim),
         spans=Spans(
             offsets=torch.tensor(offsets, dtype=torch.int32, device=DEVICE),
@@ -203,6 +205,20 @@ def attention_work(
         turns=turns,
         num_bytes=num_bytes,
     )
+
+
+def coded_pages(shape: Sequence[int]) -> Pages:
+    """Returns random pages in 8 bits; `shape` is that of the keys."""
+    num_layers, num_blocks, block_size, num_kv_heads, _ = shape
+    keys, values = (torch.empty(shape, dtype=CODE_DTYPE, device=DEVICE) for _ in range(2))
+    rows = (num_layers, num_blocks, num_kv_heads, block_size)
+    key_scales, value_scales = (torch.empty(rows, device=DEVICE) for _ in range(2))
+    for codes, scales in ((keys, key_scales), (values, value_scales)):
+        for layer in range(num_layers):  # at once they would not fit
+            coded, own = to_codes(normal(*shape[1:]))
+            codes[layer].copy_(coded)
+            scales[layer].copy_(own.transpose(1, 2))
+    return Pages(keys=keys, values=values, scales=Scales(keys=key_scales, values=value_scales))
 
 
 def attention_rows() -> Iterator[Row]:
@@ -221,6 +237,11 @@ def attention_rows() -> Iterator[Row]:
             for name, attention in attentions.items():
                 work = attention_work(model, spans, attention.block_size)
                 yield work.row(f"{model.name} {shape}", name, attention)
+            in_8_bits = choose_attention(
+                "auto", head_dim=model.head_dim, dtype=DTYPE, device=DEVICE, num_widened=40960
+            )
+            work = attention_work(model, spans, in_8_bits.block_size, coded=True)
+            yield work.row(f"{model.name} {shape}", "auto fp8", in_8_bits)
 
 
 def decodes(batch: int, context: int) -> list[tuple[int, int]]:
@@ -284,12 +305,10 @@ def place_heads(operations: Operations, num_tokens: int) -> Work:
     angles = normal(num_tokens, 2, HEAD_DIM // 2)
     num_blocks = num_tokens // BLOCK_SIZE + 1
     shape = (turns, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    keys, values = normal(*shape), normal(*shape)
+    pages = Pages(keys=normal(*shape), values=normal(*shape))
     places = torch.randperm(num_blocks * BLOCK_SIZE, device=DEVICE)[:num_tokens]
     return (
-        lambda turn: operations.place_heads(
-            qkv[turn], angles, places, keys[turn], values[turn], None, 1e-5
-        ),
+        lambda turn: operations.place_heads(qkv[turn], angles, places, pages, turn, None, 1e-5),
         turns,
         num_bytes,
     )

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenloom.worker.attention import Pages, Spans
+from tokenloom.worker.attention import Pages, Scales, Spans
+from tokenloom.worker.fp8 import CODE_DTYPE, to_codes
 
 SPANS: dict[str, Sequence[tuple[int, int]]] = {
     "one decode": [(4099, 1)],
@@ -35,6 +36,20 @@ class AttentionCase:
     values: list[Tensor]
     pages: Pages
     step: Spans
+
+
+def as_codes(pages: Pages) -> Pages:
+    """Returns the pages in 8 bits; what is NaN in them is so in codes and scales."""
+    keys, key_scales = _coded(pages.keys)
+    values, value_scales = _coded(pages.values)
+    return Pages(keys=keys, values=values, scales=Scales(keys=key_scales, values=value_scales))
+
+
+def _coded(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = to_codes(numbers)
+    scales[numbers.isnan().all(-1)] = torch.nan
+    assert codes.dtype == CODE_DTYPE
+    return codes, scales.transpose(2, 3).contiguous()
 
 
 def make_case(

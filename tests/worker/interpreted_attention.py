@@ -5,6 +5,7 @@ bfloat16 is left to the GPU: the interpreter cuts it off instead of rounding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from tests.worker.kernel_cases import Heads
 from tokenloom.worker.attention.choose import SplitAttention
 from tokenloom.worker.attention.decode import PagedDecoding, Tiling
 from tokenloom.worker.attention.paged import PagedAttention
+from tokenloom.worker.attention.reference import ReferenceAttention
+from tokenloom.worker.attention.widened import WidenedAttention
 
 SPANS = [(0, 1), (15, 1), (16, 1), (130, 1), (299, 1), (0, 20), (3, 1), (30, 3)]
 
@@ -33,6 +36,7 @@ def loops_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("tile_bytes", [1024, 4096, 16384])
 @pytest.mark.parametrize(
     ("head_dim", "num_heads", "num_kv_heads", "block_size", "dtype", "window"),
@@ -52,11 +56,12 @@ def test_triton_agrees_with_its_twin(
     block_size: int,
     dtype: torch.dtype,
     window: int | None,
+    coded: bool,
 ) -> None:
     kernel_cases.poison_new_memory(monkeypatch)
     heads = Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     case = kernel_cases.attention_case(
-        SPANS, heads, block_size=block_size, dtype=dtype, device="cpu"
+        SPANS, heads, block_size=block_size, dtype=dtype, device="cpu", coded=coded
     )
     decoding = PagedDecoding(Tiling(tile_bytes=tile_bytes))
     for attention in (
@@ -84,6 +89,21 @@ def test_empty_spans_take_and_write_nothing(
     )
     for attention in (SplitAttention(PagedDecoding(), PagedAttention(16)), PagedAttention(16)):
         kernel_cases.assert_attends_like_its_twin(attention, case, 40)
+
+
+@pytest.mark.parametrize("num_positions", [16, 300, 900, 5000])
+@pytest.mark.parametrize("spans", [[(299, 1), (0, 20), (30, 3), (260, 40)], [(0, 0), (17, 30)]])
+def test_codes_are_widened_for_a_backend_and_read_in_place_where_there_is_no_room(
+    spans: list[tuple[int, int]], num_positions: int
+) -> None:
+    heads = Heads(num_heads=4, num_kv_heads=2, head_dim=24)
+    case = kernel_cases.attention_case(
+        spans, heads, block_size=16, dtype=torch.float32, device="cpu", coded=True
+    )
+    finite = replace(case, pages=kernel_cases.finite(case.pages))  # as the pool keeps blocks
+    attention = WidenedAttention(ReferenceAttention(block_size=16), num_positions)
+    for window in (None, 40):
+        kernel_cases.assert_attends_like_its_twin(attention, finite, window)
 
 
 def test_workers_leave_their_counts_at_zero() -> None:

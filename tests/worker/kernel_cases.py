@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.worker.attention_cases import AttentionCase, make_case
-from tokenloom.worker.attention import Attention, Pages
+from tests.worker.attention_cases import AttentionCase, as_codes, make_case
+from tokenloom.worker.attention import Attention, Pages, Scales
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
@@ -54,9 +54,10 @@ def attention_case(
     block_size: int,
     dtype: torch.dtype,
     device: str,
+    coded: bool = False,
 ) -> AttentionCase:
-    """Returns a case with NaN wherever no request has written."""
-    return make_case(
+    """Returns a case with NaN wherever no request has written; its pages may be in 8 bits."""
+    case = make_case(
         spans,
         num_heads=heads.num_heads,
         num_kv_heads=heads.num_kv_heads,
@@ -67,6 +68,7 @@ def attention_case(
         rest=float("nan"),
         seed=sum(map(sum, spans)) + heads.num_heads + heads.head_dim,
     )
+    return replace(case, pages=as_codes(case.pages)) if coded else case
 
 
 def assert_attends_like_its_twin(
@@ -74,7 +76,7 @@ def assert_attends_like_its_twin(
 ) -> None:
     """Compares with the twin in float64."""
     exact = ReferenceAttention(block_size=attention.block_size).attend(
-        Pages(keys=case.pages.keys.double().nan_to_num(), values=_exact(case.pages.values)),
+        _exact(case.pages),
         0,
         case.queries.double(),
         case.step,
@@ -89,8 +91,30 @@ def assert_attends_like_its_twin(
     assert float(token_errors.max()) < 4 * ATTENTION_ERROR[case.queries.dtype]
 
 
-def _exact(values: Tensor) -> Tensor:
-    return values.double().nan_to_num()
+def wide(pages: Pages) -> tuple[Tensor, Tensor]:
+    """Returns keys and values in float64."""
+    keys, values = pages.keys.double(), pages.values.double()
+    if pages.scales is not None:
+        keys = keys * pages.scales.keys.transpose(2, 3)[..., None]
+        values = values * pages.scales.values.transpose(2, 3)[..., None]
+    return keys, values
+
+
+def _exact(pages: Pages) -> Pages:
+    """Returns what the pages say, in float64, with 0 where nobody wrote."""
+    keys, values = wide(pages)
+    return Pages(keys=keys.nan_to_num(), values=values.nan_to_num())
+
+
+def finite(pages: Pages) -> Pages:
+    """Returns coded pages with zeros where nobody wrote."""
+    assert pages.scales is not None
+
+    def zeroed(codes: Tensor) -> Tensor:
+        return codes.float().nan_to_num().to(codes.dtype)
+
+    scales = Scales(keys=pages.scales.keys.nan_to_num(1), values=pages.scales.values.nan_to_num(1))
+    return Pages(keys=zeroed(pages.keys), values=zeroed(pages.values), scales=scales)
 
 
 def assert_norms_like_its_twin(
@@ -128,6 +152,7 @@ def assert_places_heads_like_its_twin(
     normed: bool,
     dtype: torch.dtype,
     device: str,
+    coded: bool = False,
 ) -> None:
     rng = torch.Generator().manual_seed(num_tokens + heads.num_heads)
 
@@ -139,22 +164,29 @@ def assert_places_heads_like_its_twin(
     turns = 6.3 * torch.rand(num_tokens, heads.head_dim // 2, generator=rng)
     angles = torch.stack((turns.cos(), turns.sin()), dim=1).to(device, dtype)
     places = torch.randperm(num_blocks * block_size, generator=rng)[:num_tokens].to(device)
-    shape = (num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
+    shape = (1, num_blocks, block_size, heads.num_kv_heads, heads.head_dim)
     norms = (normal(heads.head_dim), normal(heads.head_dim)) if normed else None
     results = []
     for each in (operations, TorchOperations()):
-        keys = torch.zeros(shape, dtype=dtype, device=device)
-        values = torch.zeros(shape, dtype=dtype, device=device)
-        queries = each.place_heads(qkv, angles, places, keys, values, norms, EPS)
-        results.append((queries, keys, values))
+        pages = Pages(
+            keys=torch.zeros(shape, dtype=dtype, device=device),
+            values=torch.zeros(shape, dtype=dtype, device=device),
+        )
+        pages = as_codes(pages) if coded else pages
+        queries = each.place_heads(qkv, angles, places, pages, 0, norms, EPS)
+        results.append((queries, *wide(pages)))
     (queries, keys, values), (expected_queries, expected_keys, expected_values) = results
     assert torch.equal(values, expected_values)
     # The kernel multiplies and adds in one instruction, so it rounds a product less than
     # the twin does; a difference of products brings that to the front.
     for mine, expected in ((queries, expected_queries), (keys, expected_keys)):
         atol = (32 if normed else 16) * ULP[dtype]
-        torch.testing.assert_close(mine, expected, rtol=0, atol=atol)
-        assert (mine - expected).double().norm() < ULP[dtype] * expected.double().norm()
+        # Of codes, what lies by half a rounding of theirs may fall on either side.
+        of_codes = coded and mine is keys
+        torch.testing.assert_close(mine, expected, rtol=2**-3 if of_codes else 0, atol=atol)
+        assert (mine - expected).double().norm() < expected.double().norm() * (
+            2**-6 if of_codes else ULP[dtype]
+        )
 
 
 def assert_activates_like_its_twin(

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 QUANTIZE_NAMES = ("none", "nf4", "fp4", "int8")
+KV_CACHE_NAMES = ("auto", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class SchedulerConfig:
     """`nf4`, `fp4` or `int8`: what matrices that the checkpoint has dense are quantized to."""
     quantize_lm_head: bool = False
     """Whether the head is quantized, too."""
+    kv_cache: str = "auto"
+    """`fp8` for keys and values in 8 bits, or `auto` for the type of the arithmetic."""
     max_model_tokens: int | None = None
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int = 256
@@ -69,6 +72,10 @@ class SchedulerConfig:
         if self.quantize not in QUANTIZE_NAMES:
             raise ConfigError(
                 f"quantize is {self.quantize!r}; it must be one of {', '.join(QUANTIZE_NAMES)}"
+            )
+        if self.kv_cache not in KV_CACHE_NAMES:
+            raise ConfigError(
+                f"kv_cache is {self.kv_cache!r}; it must be one of {', '.join(KV_CACHE_NAMES)}"
             )
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_num_requests:
             raise ConfigError(

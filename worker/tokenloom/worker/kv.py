@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenloom.worker.attention import Pages
+from tokenloom.worker.attention import Pages, Scales
 from tokenloom.worker.errors import PoolError
-from tokenloom.worker.memory import MIN_BLOCKS, block_bytes, pool_share
+from tokenloom.worker.fp8 import CODE_DTYPE, SCALE_DTYPE
+from tokenloom.worker.memory import FP8_BYTES, MIN_BLOCKS, KVBytes, block_bytes, pool_share
 from tokenloom.worker.options import CPU_KV_CACHE, parse_bytes
 
 if TYPE_CHECKING:
@@ -50,8 +51,13 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocates the blocks that fit in `num_bytes`, and the spare. Raises PoolError."""
-        one = block_bytes(config, block_size, dtype.itemsize)
+        """Allocates the blocks that fit in `num_bytes`, and the spare. Raises PoolError.
+
+        With CODE_DTYPE they have scales.
+        """
+        coded = dtype == CODE_DTYPE
+        kv_bytes = FP8_BYTES if coded else KVBytes(item=dtype.itemsize)
+        one = block_bytes(config, block_size, kv_bytes)
         self.num_blocks = num_bytes // one
         if self.num_blocks < MIN_BLOCKS:
             raise PoolError(
@@ -59,25 +65,27 @@ class KVPool:
                 f" take {MIN_BLOCKS * one}"
             )
         self.num_bytes = self.num_blocks * one
-        shape = (
-            config.num_layers,
-            self.num_blocks + 1,
-            block_size,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        self.pages = Pages(
-            keys=torch.zeros(shape, dtype=dtype, device=device),
-            values=torch.zeros(shape, dtype=dtype, device=device),
-        )
+        rows = (config.num_layers, self.num_blocks + 1, config.num_kv_heads, block_size)
+        shape = (*rows[:2], block_size, config.num_kv_heads, config.head_dim)
+        keys = torch.zeros(shape, dtype=dtype, device=device)
+        values = torch.zeros(shape, dtype=dtype, device=device)
+        scales = None
+        if coded:
+            scales = Scales(
+                keys=torch.ones(rows, dtype=SCALE_DTYPE, device=device),
+                values=torch.ones(rows, dtype=SCALE_DTYPE, device=device),
+            )
+        self.pages = Pages(keys=keys, values=values, scales=scales)
 
     def outline(self) -> KVPool:
         """Returns the pool on torch's meta device: shapes without content."""
         outlined = copy(self)
-        outlined.pages = Pages(keys=self.pages.keys.to("meta"), values=self.pages.values.to("meta"))
+        outlined.pages = self.pages.outline()
         return outlined
 
     def clear(self, blocks: torch.Tensor) -> None:
         """Zeroes int64 [num_cleared] blocks in all layers."""
-        self.pages.keys.index_fill_(1, blocks, 0)
-        self.pages.values.index_fill_(1, blocks, 0)
+        for numbers in (self.pages.keys, self.pages.values):
+            # torch fills no codes as such; they are bytes. Any scale of 0 is 0.
+            filled = numbers if self.pages.scales is None else numbers.view(torch.uint8)
+            filled.index_fill_(1, blocks, 0)

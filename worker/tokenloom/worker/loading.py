@@ -25,10 +25,17 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.filling import Filling, match
+from tokenloom.worker.fp8 import CODE_DTYPE
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
 from tokenloom.worker.matrices import matrices
-from tokenloom.worker.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, scratch_bytes
+from tokenloom.worker.memory import (
+    CPU_STEP_TOKENS,
+    CUDA_STEP_TOKENS,
+    num_widened,
+    scratch_bytes,
+    widened_bytes,
+)
 from tokenloom.worker.model import Decoder
 from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.rotary import rotary_table
@@ -64,6 +71,7 @@ class ModelAsked:
     dtype: str
     quantize: str
     quantize_lm_head: bool
+    kv_cache: str
 
     @staticmethod
     def of(configure: Configure) -> ModelAsked:
@@ -73,6 +81,7 @@ class ModelAsked:
             dtype=configure.dtype,
             quantize=configure.quantize,
             quantize_lm_head=configure.quantize_lm_head,
+            kv_cache=configure.kv_cache,
         )
 
 
@@ -115,15 +124,20 @@ def load_model(
     weights, fillings = _take_memory(folder, config, configure, dtype, device)
     with Copying(fillings, device) as copying:
         attention = choose_attention(
-            options.attention, head_dim=config.head_dim, dtype=dtype, device=device
+            options.attention,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            device=device,
+            num_widened=_num_widened(configure, config, device),
         )
         operations = choose_operations(device)
         _log.info(
-            "%s: %s on %s in %s, attention %s, operations %s",
+            "%s: %s on %s in %s, keys and values in %s, attention %s, operations %s",
             configure.model,
             config.architecture,
             device,
             dtype,
+            _kv_dtype(configure.kv_cache, dtype),
             attention.name,
             operations.name,
         )
@@ -195,13 +209,21 @@ def _pool(
         num_step_tokens=max_step_tokens(configure, device),
         item_bytes=dtype.itemsize,
     )
+    if (num_positions := _num_widened(configure, config, device)) is not None:
+        scratch += widened_bytes(config, num_positions=num_positions, item_bytes=dtype.itemsize)
     num_bytes = pool_bytes(
         device,
         fixed_bytes=options.kv_cache_bytes,
         memory_fraction=options.kv_memory_fraction,
         scratch=scratch,
     )
-    pool = KVPool(config, num_bytes=num_bytes, block_size=block_size, dtype=dtype, device=device)
+    pool = KVPool(
+        config,
+        num_bytes=num_bytes,
+        block_size=block_size,
+        dtype=_kv_dtype(configure.kv_cache, dtype),
+        device=device,
+    )
     _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, block_size)
     return pool
 
@@ -212,6 +234,28 @@ def max_step_tokens(configure: Configure, device: torch.device) -> int:
         return configure.max_step_tokens
     own = CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
     return max(own, configure.max_num_requests)
+
+
+def max_model_tokens(configure: Configure, config: ModelConfig) -> int:
+    """Returns the longest prompt + completion. Raises LoadError if the checkpoint's is shorter."""
+    wanted = configure.max_model_tokens
+    if wanted is None:
+        return config.max_model_tokens
+    if wanted > config.max_model_tokens:
+        raise LoadError(
+            f"max_model_tokens is {wanted}; the checkpoint is made for {config.max_model_tokens}"
+        )
+    return wanted
+
+
+def _num_widened(configure: Configure, config: ModelConfig, device: torch.device) -> int | None:
+    """Returns how many positions in 8 bits may be widened at once; None: they are not in 8 bits."""
+    if configure.kv_cache != "fp8":
+        return None
+    return num_widened(
+        max_model_tokens=max_model_tokens(configure, config),
+        num_step_tokens=max_step_tokens(configure, device),
+    )
 
 
 def find_device(name: str) -> torch.device:
@@ -234,7 +278,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Returns the type of weights, KV pool and arithmetic.
+    """Returns the type of weights and arithmetic, and of the KV pool unless it is in 8 bits.
 
     `auto` is the checkpoint's own on CUDA, and float32 on a CPU whatever the
     checkpoint says: CPUs without bfloat16 units emulate it slowly, and float32
@@ -249,3 +293,10 @@ def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     if own not in DTYPES:
         raise LoadError(f"dtype {own} is not supported; supported are {', '.join(DTYPES)}")
     return DTYPES[own]
+
+
+def _kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Returns the type of the KV pool."""
+    if name not in {"auto", "fp8"}:
+        raise LoadError(f"kv_cache {name} is not supported; supported are auto and fp8")
+    return CODE_DTYPE if name == "fp8" else dtype

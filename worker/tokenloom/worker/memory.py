@@ -9,6 +9,7 @@ The worker allocates by it (`kv.py`), and `tokenloom plan` predicts by it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,10 +30,36 @@ row."""
 _FLOAT32_BYTES = 4
 
 
-def block_bytes(config: ModelConfig, block_size: int, item_bytes: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class KVBytes:
+    """What keys and values take."""
+
+    item: int
+    """Of a number"""
+    scale: int = 0
+    """Of what a head of a position is multiplied with"""
+
+
+FP8_BYTES = KVBytes(item=1, scale=_FLOAT32_BYTES)
+
+
+def block_bytes(config: ModelConfig, block_size: int, kv_bytes: KVBytes) -> int:
     """Returns the bytes that one block takes in all layers, keys and values together."""
-    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return position * block_size * item_bytes
+    head = config.head_dim * kv_bytes.item + kv_bytes.scale
+    return 2 * config.num_layers * config.num_kv_heads * block_size * head
+
+
+def num_widened(*, max_model_tokens: int, num_step_tokens: int) -> int:
+    """Returns how many positions of a layer in 8 bits are kept in the type of activations, too.
+
+    flash-attn reads them there: one request, however long, and all tokens of a step beside it.
+    """
+    return max_model_tokens + num_step_tokens
+
+
+def widened_bytes(config: ModelConfig, *, num_positions: int, item_bytes: int) -> int:
+    """Returns the bytes of keys and values of so many positions of one layer."""
+    return 2 * num_positions * config.num_kv_heads * config.head_dim * item_bytes
 
 
 def scratch_bytes(

@@ -95,11 +95,10 @@ class Decoder:
         for index, layer in enumerate(self._weights.layers):
             # Rows of num_heads + 2 * num_kv_heads heads, side by side.
             qkv = ops.norm_linear(residual, layer.attention_norm, eps, layer.qkv)
-            keys, values = pages.keys[index], pages.values[index]
             norms = None
             if layer.q_norm is not None and layer.k_norm is not None:
                 norms = (layer.q_norm, layer.k_norm)
-            queries = ops.place_heads(qkv, angles, spans.places, keys, values, norms, eps)
+            queries = ops.place_heads(qkv, angles, spans.places, pages, index, norms, eps)
             mixed = attention.attend(pages, index, queries, spans, self._config.windows[index])
             ops.add_linear(residual, mixed.flatten(1), layer.output)
             activated = ops.norm_gate_up(residual, layer.mlp_norm, eps, layer.gate_up)

@@ -20,7 +20,6 @@ import torch
 
 from tokenloom.wire.messages import Configure, Ready, Step, StepDone
 from tokenloom.worker.computing import Rows, compute
-from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError, ProtocolError
 from tokenloom.worker.graphs import StepGraphs
 from tokenloom.worker.loading import (
@@ -28,6 +27,7 @@ from tokenloom.worker.loading import (
     ModelAsked,
     find_device,
     load_model,
+    max_model_tokens,
     max_step_tokens,
 )
 from tokenloom.worker.results import Outcome, step_done
@@ -85,7 +85,7 @@ class ModelRunner:
             num_blocks=loaded.pool.num_blocks,
             block_size=loaded.attention.block_size,
             vocab_size=loaded.config.vocab_size,
-            max_model_tokens=_max_model_tokens(configure, loaded.config),
+            max_model_tokens=max_model_tokens(configure, loaded.config),
             max_step_tokens=limits.max_step_tokens,
             weights_bytes=loaded.weights_bytes,
             kv_bytes=loaded.pool.num_bytes,
@@ -193,18 +193,7 @@ def _limits(configure: Configure, loaded: LoadedModel, device: torch.device) -> 
         vocab_size=loaded.config.vocab_size,
         # A request that fills the whole pool may still sample one token more.
         max_model_tokens=min(
-            _max_model_tokens(configure, loaded.config), num_blocks * block_size + 1
+            max_model_tokens(configure, loaded.config), num_blocks * block_size + 1
         ),
         max_step_tokens=max_step_tokens(configure, device),
     )
-
-
-def _max_model_tokens(configure: Configure, config: ModelConfig) -> int:
-    wanted = configure.max_model_tokens
-    if wanted is None:
-        return config.max_model_tokens
-    if wanted > config.max_model_tokens:
-        raise LoadError(
-            f"max_model_tokens is {wanted}; the checkpoint is made for {config.max_model_tokens}"
-        )
-    return wanted

@@ -19,6 +19,16 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scales:
+    """By which codes are multiplied (`fp8`): powers of two, a block's of a head side by side."""
+
+    keys: Tensor
+    """float32 [num_layers, num_blocks, num_kv_heads, block_size]"""
+    values: Tensor
+    """float32 [num_layers, num_blocks, num_kv_heads, block_size]"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pages:
     """The KV pool."""
 
@@ -26,6 +36,15 @@ class Pages:
     """[num_layers, num_blocks, block_size, num_kv_heads, head_dim]"""
     values: Tensor
     """[num_layers, num_blocks, block_size, num_kv_heads, head_dim]"""
+    scales: Scales | None = None
+    """None: keys and values are numbers of the queries' type, no codes"""
+
+    def outline(self) -> Pages:
+        """Returns the pages on torch's meta device: shapes without content."""
+        scales = self.scales
+        if scales is not None:
+            scales = Scales(keys=scales.keys.to("meta"), values=scales.values.to("meta"))
+        return Pages(keys=self.keys.to("meta"), values=self.values.to("meta"), scales=scales)
 
 
 @dataclass(frozen=True, kw_only=True)

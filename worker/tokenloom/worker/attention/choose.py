@@ -5,6 +5,8 @@ Hopper, Blackwell, flash-attn-4     decode (Triton)             flash4
 from Ampere on, flash-attn 2        decode (Triton)             flash2
 any other GPU                       decode (Triton)             paged (Triton)
 CPU                                 reference (torch)           reference (torch)
+
+Keys and values in 8 bits are widened for flash-attn; all others read them as they are.
 """
 
 from __future__ import annotations
@@ -31,9 +33,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_CAPABILITY_CODES = (8, 9)
+
 
 def choose_attention(
-    name: str, *, head_dim: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_widened: int | None = None,
 ) -> Attention:
     """Returns the backend called `name`, or with `auto` the fastest that works here.
 
@@ -42,6 +51,8 @@ def choose_attention(
         head_dim: Of the model.
         dtype: Of queries, keys and values.
         device: Where they are.
+        num_widened: Keys and values are codes, of which so many positions may be widened at
+            once; None: they are of `dtype`.
 
     Raises:
         LoadError: The backend asked for by name does not work here.
@@ -52,6 +63,9 @@ def choose_attention(
         "triton": _why_not_triton(device),
         "torch": None,
     }  # the fastest first
+    if num_widened is not None:
+        no_codes = obstacles["triton"] or _why_no_codes(device)
+        obstacles |= {each: obstacles[each] or no_codes for each in ("flash4", "flash2", "triton")}
     if name == "auto":
         chosen = next(each for each, obstacle in obstacles.items() if obstacle is None)
         if device.type == "cuda":
@@ -62,16 +76,31 @@ def choose_attention(
             raise LoadError(f"attention {name} is not possible: {obstacle}")
     if chosen == "torch":
         return ReferenceAttention()
-    if name in {"flash4", "flash2"} or obstacles["triton"] is not None:
+    if obstacles["triton"] is not None:
         return _flash(chosen)
-    from tokenloom.worker.attention import decode, paged  # noqa: PLC0415 - Triton may be absent
+    # Triton may be absent.
+    from tokenloom.worker.attention import decode, paged, widened  # noqa: PLC0415
 
-    others = paged.PagedAttention() if chosen == "triton" else _flash(chosen)
-    return SplitAttention(decode.PagedDecoding(), others)
+    if chosen == "triton":
+        others: Attention = paged.PagedAttention()
+    elif num_widened is None:
+        others = _flash(chosen)
+    else:
+        others = widened.WidenedAttention(_flash(chosen), num_widened)
+    return (
+        others if name in {"flash4", "flash2"} else SplitAttention(decode.PagedDecoding(), others)
+    )
 
 
 def _flash(name: str) -> Attention:
     return FlashAttention4() if name == "flash4" else FlashAttention2()
+
+
+def _why_no_codes(device: torch.device) -> str | None:
+    """Returns why kernels cannot read and write codes on a CUDA device; None if they can."""
+    if torch.cuda.get_device_capability(device) < _CAPABILITY_CODES:
+        return f"{torch.cuda.get_device_name(device)} has no 8-bit floats, which begin at 8.9"
+    return None
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -17,7 +17,8 @@ has at most two parts: one of a request that began before its run, and one of a
 request that goes on behind it.
 
 All query heads that share a KV head are computed together, so keys and values
-are read once for all of them. The grid depends on the device and the model alone:
+are read once for all of them. Those in 8 bits are half the bytes: they are widened in
+registers, and their scales go into the softmax. The grid depends on the device and the model alone:
 nothing waits for the host, and a captured launch stays right as requests grow.
 """
 
@@ -31,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.attention.base import Pages, Spans
+from tokenloom.worker.attention.coded import exponent_of, reciprocal_of, wide_type, widen_halves
 from tokenloom.worker.kernels.overlap import overlaps, wait_for_previous
 
 _LOG2_E = 1.4426950408889634
@@ -71,7 +73,7 @@ class _Workspace:
 class PagedDecoding:
     """Triton kernel for float16, bfloat16 and float32 over blocks of 16 or more, a power of two.
 
-    Calls share memory, so they are to be in one stream.
+    Keys and values may be codes. Calls share memory, so they are to be in one stream.
     """
 
     name = "triton"
@@ -90,19 +92,22 @@ class PagedDecoding:
         mixed: Tensor,
     ) -> None:
         """Writes the first num_spans tokens of [num_tokens, num_heads, head_dim]."""
-        keys, values = pages.keys[layer], pages.values[layer]
+        keys, values, scales = pages.keys[layer], pages.values[layer], pages.scales
         num_heads, head_dim = queries.shape[1:]
         block_size, num_kv_heads = keys.shape[1:3]
         tiling, group = self._tiling, num_heads // num_kv_heads
         heads = triton.next_power_of_2(group)
         space = self._workspace(queries.device, num_heads, num_kv_heads, head_dim)
-        dims = max(16, triton.next_power_of_2(head_dim))
-        num_keys = max(16, tiling.tile_bytes // (dims * queries.element_size()))
+        # Half of the dimensions of a code's head are a matrix of their own.
+        dims = max(16 if scales is None else 32, triton.next_power_of_2(head_dim))
+        num_keys = max(16, tiling.tile_bytes // (dims * keys.element_size()))
         overlapped = overlaps(queries.device)
         _attend[(space.num_programs * num_kv_heads,)](
             queries,
             keys,
             values,
+            None if scales is None else scales.keys[layer],
+            None if scales is None else scales.values[layer],
             spans.block_tables,
             spans.kv_lengths,
             mixed,
@@ -126,6 +131,7 @@ class PagedDecoding:
             BLOCK_SIZE=block_size,
             PARTS=max(1, tiling.weighed_bytes // (heads * dims * 4)),
             PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+            WIDE=wide_type(queries.dtype),
             OVERLAPPED=overlapped,
             launch_pdl=overlapped,
             num_warps=tiling.num_warps,
@@ -168,6 +174,8 @@ def _attend(
     queries: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
     tables: tl.tensor,
     kv_lengths: tl.tensor,
     mixed: tl.tensor,
@@ -191,6 +199,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ) -> None:
     """A program of a KV head. `scale` is to the base 2."""
@@ -216,7 +225,6 @@ def _attend(
     in_rows, in_dims = rows < GROUP, dims < HEAD_DIM
     in_tile = in_rows[:, None] & in_dims[None, :]
     head = kv_head * GROUP + rows
-    inside = (tl.arange(0, KEYS) * KV_HEADS + kv_head) * HEAD_DIM  # a tile lies in one block
     for span in range(first, last + 1):
         kv_length = tl.load(kv_lengths + span)
         skipped = _first_tile(kv_length, WINDOW, KEYS)
@@ -228,40 +236,46 @@ def _attend(
         q = tl.load(queries + at, mask=in_tile, other=0.0)
         table = tables + tl.cast(span, tl.int64) * table_stride
 
-        highest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        mix = tl.zeros([ROWS, DIMS], tl.float32)
-        for key in range(key_begin, key_end, KEYS):
-            key = tl.multiple_of(key, KEYS)
-            keys_at = key + tl.arange(0, KEYS)
-            there = keys_at < key_end
-            block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
-            tile = (block * BLOCK_SIZE + key % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
-            # What lies behind a request's end is never loaded: 0 times NaN would be NaN.
-            k = tl.load(
-                keys + tile + inside[None, :] + dims[:, None],
-                mask=there[None, :] & in_dims[:, None],
-                other=0.0,
+        first_seen = 0 if WINDOW is None else kv_length - WINDOW
+        if key_scales is None:
+            mix, total, highest = _mix(
+                q,
+                keys,
+                values,
+                table,
+                kv_head,
+                key_begin,
+                key_end,
+                first_seen,
+                scale,
+                KV_HEADS,
+                HEAD_DIM,
+                DIMS,
+                ROWS,
+                KEYS,
+                BLOCK_SIZE,
+                PRECISION,
             )
-            scores = tl.dot(q, k, input_precision=PRECISION) * scale
-            seen = there
-            if WINDOW is not None:
-                seen &= keys_at >= kv_length - WINDOW
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))  # of at least one key that is seen
-            weights = tl.exp2(scores - higher[:, None])
-            shrink = tl.exp2(highest - higher)
-            total = total * shrink + tl.sum(weights, 1)
-            v = tl.load(
-                values + tile + inside[:, None] + dims[None, :],
-                mask=there[:, None] & in_dims[None, :],
-                other=0.0,
+        else:
+            mix, total, highest = _mix_coded(
+                (q.to(tl.float32) * scale).to(WIDE),
+                keys,
+                values,
+                key_scales,
+                value_scales,
+                table,
+                kv_head,
+                key_begin,
+                key_end,
+                first_seen,
+                KV_HEADS,
+                HEAD_DIM,
+                DIMS,
+                ROWS,
+                KEYS,
+                BLOCK_SIZE,
+                PRECISION,
             )
-            mix = tl.dot(
-                weights.to(v.dtype), v, acc=mix * shrink[:, None], input_precision=PRECISION
-            )
-            highest = higher
-
         mix = mix / total[:, None]
         begins, stops = begin >= run, end <= run_end
         if begins & stops:
@@ -291,6 +305,135 @@ def _attend(
                     PARTS,
                 )
         begin = end
+
+
+@triton.jit
+def _mix(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    table: tl.tensor,
+    kv_head: int,
+    key_begin: int,
+    key_end: int,
+    first_seen: int,
+    scale: float,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns values weighed by the softmax of scores, unnormalized; its sum and its base."""
+    dims = tl.arange(0, DIMS)
+    in_dims = dims < HEAD_DIM
+    inside = (tl.arange(0, KEYS) * KV_HEADS + kv_head) * HEAD_DIM  # a tile lies in one block
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mix = tl.zeros([ROWS, DIMS], tl.float32)
+    for key in range(key_begin, key_end, KEYS):
+        key = tl.multiple_of(key, KEYS)
+        keys_at = key + tl.arange(0, KEYS)
+        there = keys_at < key_end
+        block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
+        tile = (block * BLOCK_SIZE + key % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
+        # What lies behind a request's end is never loaded: 0 times NaN would be NaN.
+        k = tl.load(
+            keys + tile + inside[None, :] + dims[:, None],
+            mask=there[None, :] & in_dims[:, None],
+            other=0.0,
+        )
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        seen = there & (keys_at >= first_seen)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))  # of at least one key that is seen
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(
+            values + tile + inside[:, None] + dims[None, :],
+            mask=there[:, None] & in_dims[None, :],
+            other=0.0,
+        )
+        mix = tl.dot(weights.to(v.dtype), v, acc=mix * shrink[:, None], input_precision=PRECISION)
+        highest = higher
+    return mix, total, highest
+
+
+@triton.jit
+def _mix_coded(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
+    table: tl.tensor,
+    kv_head: int,
+    key_begin: int,
+    key_end: int,
+    first_seen: int,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Does as `_mix` does, with codes and for scaled queries of the type that codes widen to.
+
+    A value's scale multiplies its weight: its logarithm is added to the score, so
+    that the largest product is 1 however small values are, and the sum of the
+    weights themselves is divided by it again.
+    """
+    dims = tl.arange(0, DIMS)
+    in_dims = dims < HEAD_DIM
+    pairs = tl.arange(0, DIMS // 2)
+    in_pairs = pairs < HEAD_DIM // 2
+    value_pairs = values.to(tl.pointer_type(tl.int16))
+    inside = (tl.arange(0, KEYS) * KV_HEADS + kv_head) * HEAD_DIM  # a tile lies in one block
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mix_left = tl.zeros([ROWS, DIMS // 2], tl.float32)
+    mix_right = tl.zeros([ROWS, DIMS // 2], tl.float32)
+    for key in range(key_begin, key_end, KEYS):
+        key = tl.multiple_of(key, KEYS)
+        keys_at = key + tl.arange(0, KEYS)
+        there = keys_at < key_end
+        block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
+        tile = (block * BLOCK_SIZE + key % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
+        scales_at = (block * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
+        scales_at += tl.arange(0, KEYS)
+        k = tl.load(
+            keys + tile + inside[None, :] + dims[:, None],
+            mask=there[None, :] & in_dims[:, None],
+            other=0.0,
+        )
+        k_scale = tl.load(key_scales + scales_at, mask=there, other=1.0)
+        v_scale = tl.load(value_scales + scales_at, mask=there, other=1.0)
+        scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+        scores = scores * k_scale[None, :] + exponent_of(v_scale)[None, :]
+        seen = there & (keys_at >= first_seen)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))  # of at least one key that is seen
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.sum(weights * reciprocal_of(v_scale)[None, :], 1)
+        v = tl.load(
+            value_pairs + (tile + inside[:, None]) // 2 + pairs[None, :],
+            mask=there[:, None] & in_pairs[None, :],
+            other=0,
+        )
+        left, right = widen_halves(v, q.dtype)
+        weights = weights.to(q.dtype)
+        mix_left = tl.dot(weights, left, acc=mix_left * shrink[:, None], input_precision=PRECISION)
+        mix_right = tl.dot(
+            weights, right, acc=mix_right * shrink[:, None], input_precision=PRECISION
+        )
+        highest = higher
+    return tl.reshape(tl.join(mix_left, mix_right), (ROWS, DIMS)), total, highest
 
 
 @triton.jit

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.attention.base import Pages, Spans
+from tokenloom.worker.attention.coded import exponent_of, reciprocal_of, wide_type
 
 _TILE_BYTES = 16 * 1024
 """Of keys, and of values: a few of them in flight fill a multiprocessor's shared memory."""
@@ -31,7 +32,10 @@ _LOG2_E = 1.4426950408889634
 
 
 class PagedAttention:
-    """Triton kernel for float16, bfloat16 and float32 over blocks of 16 or more, a power of two."""
+    """Triton kernel for float16, bfloat16 and float32 over blocks of 16 or more, a power of two.
+
+    Keys and values may be codes.
+    """
 
     name = "triton"
     capturable = True
@@ -46,9 +50,24 @@ class PagedAttention:
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """Returns [num_tokens, num_heads, head_dim] for queries of that shape."""
-        keys, values = pages.keys[layer], pages.values[layer]
+        mixed = torch.empty_like(queries)
+        self.attend_into(mixed, pages, layer, queries, spans, window)
+        return mixed
+
+    def attend_into(
+        self,
+        mixed: Tensor,
+        pages: Pages,
+        layer: int,
+        queries: Tensor,
+        spans: Spans,
+        window: int | None,
+    ) -> None:
+        """Writes all tokens of spans whose kv_length is not 0, like `attend`."""
+        keys, values, scales = pages.keys[layer], pages.values[layer], pages.scales
         num_heads, head_dim = queries.shape[1:]
         num_kv_heads = keys.shape[2]
+        wide = wide_type(queries.dtype)
         group, itemsize = num_heads // num_kv_heads, queries.element_size()
         dims = max(16, triton.next_power_of_2(head_dim))
         # Two sizes, so that few kernels are compiled. float32 runs outside the matrix units,
@@ -56,11 +75,12 @@ class PagedAttention:
         num_rows = 16 if spans.max_length * group <= 16 or itemsize == 4 else 64
         num_rows = max(num_rows, triton.next_power_of_2(group))
         tiles_per_span = triton.cdiv(spans.max_length, num_rows // group)
-        mixed = torch.empty_like(queries)
         _attend[(spans.num_spans * tiles_per_span * num_kv_heads,)](
             queries,
             keys,
             values,
+            None if scales is None else scales.keys[layer],
+            None if scales is None else scales.values[layer],
             spans.block_tables,
             spans.offsets,
             spans.kv_lengths,
@@ -77,10 +97,10 @@ class PagedAttention:
             KEYS=min(max(16, _TILE_BYTES // (dims * itemsize)), 64, self.block_size),
             BLOCK_SIZE=keys.shape[1],
             PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+            WIDE=wide,
             num_warps=8 if num_rows == 64 and head_dim > 128 else 4,
             num_stages=3,
         )
-        return mixed
 
 
 @triton.jit(
@@ -92,6 +112,8 @@ def _attend(
     queries: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
     tables: tl.tensor,
     offsets: tl.tensor,
     kv_lengths: tl.tensor,
@@ -108,6 +130,7 @@ def _attend(
     KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
     """A program a KV head and tile of a span. `scale` is to the base 2."""
     tile_tokens: tl.constexpr = ROWS // GROUP
@@ -117,9 +140,10 @@ def _attend(
     first = (tiles_per_span - 1 - tile % tiles_per_span) * tile_tokens  # the most keys first
     span_token = tl.load(offsets + span)
     num_tokens = tl.load(offsets + span + 1) - span_token
-    if first >= num_tokens:
+    kv_length = tl.load(kv_lengths + span)
+    if (first >= num_tokens) | (kv_length == 0):
         return
-    start = tl.load(kv_lengths + span) - num_tokens
+    start = kv_length - num_tokens
     begin, end = 0, start + tl.minimum(first + tile_tokens, num_tokens)
     if WINDOW is not None:
         begin = tl.maximum(start + first + 1 - WINDOW, 0) // KEYS * KEYS
@@ -133,6 +157,8 @@ def _attend(
     cell = (span_token + token).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + rows % GROUP
     in_tile = in_rows[:, None] & in_dims[None, :]
     q = tl.load(queries + cell[:, None] * HEAD_DIM + dims[None, :], mask=in_tile, other=0.0)
+    if key_scales is not None:
+        q = (q.to(tl.float32) * scale).to(WIDE)
 
     inside = (tl.arange(0, KEYS) * KV_HEADS + kv_head) * HEAD_DIM  # a tile lies in one block
     highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -151,7 +177,16 @@ def _attend(
             mask=there[None, :] & in_dims[:, None],
             other=0.0,
         )
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        if key_scales is None:
+            scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        else:
+            # As in `decode`, a value's scale goes into the score.
+            scales_at = (block * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
+            scales_at += tl.arange(0, KEYS)
+            k_scale = tl.load(key_scales + scales_at, mask=there, other=1.0)
+            v_scale = tl.load(value_scales + scales_at, mask=there, other=1.0)
+            scores = tl.dot(q, k.to(WIDE), input_precision=PRECISION)
+            scores = scores * k_scale[None, :] + exponent_of(v_scale)[None, :]
         seen = there[None, :] & (keys_at[None, :] <= position[:, None])
         if WINDOW is not None:
             seen &= keys_at[None, :] > position[:, None] - WINDOW
@@ -160,14 +195,20 @@ def _attend(
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row may see none so far
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
+        if key_scales is None:
+            total = total * shrink + tl.sum(weights, 1)
+        else:
+            total = total * shrink + tl.sum(weights * reciprocal_of(v_scale)[None, :], 1)
         v = tl.load(
             values + at + inside[:, None] + dims[None, :],
             mask=there[:, None] & in_dims[None, :],
             other=0.0,
         )
+        if key_scales is not None:
+            v = v.to(WIDE)
         mix = tl.dot(weights.to(v.dtype), v, acc=mix * shrink[:, None], input_precision=PRECISION)
         highest = higher
 
     mix = mix / tl.where(total == 0, 1.0, total)[:, None]  # zero for a row of none
-    tl.store(mixed + cell[:, None] * HEAD_DIM + dims[None, :], mix.to(q.dtype), mask=in_tile)
+    mix = mix.to(mixed.dtype.element_ty)
+    tl.store(mixed + cell[:, None] * HEAD_DIM + dims[None, :], mix, mask=in_tile)

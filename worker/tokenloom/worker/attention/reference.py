@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenloom.worker.attention.base import Pages, Spans
+from tokenloom.worker.fp8 import from_codes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,8 +64,7 @@ class ReferenceAttention:
         mixed = torch.empty_like(queries)
         for group in self._groups:
             q = queries[group.tokens].transpose(1, 2)  # [num_rows, num_heads, max_length, head_dim]
-            k = _gather(pages.keys[layer], group.blocks)
-            v = _gather(pages.values[layer], group.blocks)
+            k, v = _gather(pages, layer, group.blocks, queries.dtype)
             if window not in group.seen:
                 group.seen[window] = _seen(group.positions, k.shape[2], window)
             out = functional.scaled_dot_product_attention(
@@ -98,11 +98,26 @@ class ReferenceAttention:
             )
 
 
-def _gather(pages: Tensor, blocks: Tensor) -> Tensor:
-    """Returns [num_rows, num_kv_heads, num_keys, head_dim] for [num_rows, num_blocks]."""
-    # index_select copies whole blocks; indexing with brackets goes element by element.
-    gathered = pages.index_select(0, blocks.flatten())
-    return gathered.view(len(blocks), -1, *pages.shape[2:]).transpose(1, 2)
+def _gather(pages: Pages, layer: int, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns keys and values [num_rows, num_kv_heads, num_keys, head_dim] of blocks.
+
+    `blocks` is [num_rows, num_blocks].
+    """
+    flat, shape = blocks.flatten(), (len(blocks), -1, *pages.keys.shape[3:])
+
+    def gather(numbers: Tensor, scales: Tensor | None) -> Tensor:
+        # index_select copies whole blocks; indexing with brackets goes element by element.
+        gathered = numbers[layer].index_select(0, flat)
+        if scales is not None:
+            each = scales[layer].index_select(0, flat).transpose(1, 2)
+            gathered = from_codes(gathered, each, dtype)
+        return gathered.view(shape).transpose(1, 2)
+
+    scales = pages.scales
+    return (
+        gather(pages.keys, None if scales is None else scales.keys),
+        gather(pages.values, None if scales is None else scales.values),
+    )
 
 
 def _seen(positions: Tensor, num_keys: int, window: int | None) -> Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tokenloom.worker.attention import Pages
     from tokenloom.worker.linears import Linear
 
 
@@ -140,8 +141,8 @@ class Operations(Protocol):
         qkv: Tensor,
         angles: Tensor,
         places: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        pages: Pages,
+        layer: int,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
@@ -151,8 +152,8 @@ class Operations(Protocol):
             qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
             angles: [num_tokens, 2, head_dim / 2] cosines, sines.
             places: int64 [num_tokens] block * block_size + offset of each token.
-            keys: [num_blocks, block_size, num_kv_heads, head_dim] of the layer.
-            values: As keys.
+            pages: The KV pool.
+            layer: The one of it that is written to.
             norms: [head_dim] weights of the norms of queries and of keys, if it has them.
             eps: Of those norms.
 

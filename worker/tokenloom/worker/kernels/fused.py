@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenloom.worker.fp8 import LARGEST, SMALLEST
 from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residual
 from tokenloom.worker.kernels.eight_bit import multiply_eight_bit
 from tokenloom.worker.kernels.linear import choose_cut, multiply
@@ -22,6 +23,7 @@ from tokenloom.worker.kernels.streamed import choose_tiling, multiply_streamed
 from tokenloom.worker.linears import DenseLinear, EightBitLinear
 
 if TYPE_CHECKING:
+    from tokenloom.worker.attention import Pages
     from tokenloom.worker.linears import Linear
 
 _TILE_HEADS = 8
@@ -104,13 +106,14 @@ class FusedOperations(Operations):
         qkv: Tensor,
         angles: Tensor,
         places: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        pages: Pages,
+        layer: int,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
         """Normalizes and rotates queries and keys, and writes keys and values to the pool."""
-        num_kv_heads, head_dim = keys.shape[-2:]
+        keys, scales = pages.keys[layer], pages.scales
+        block_size, num_kv_heads, head_dim = keys.shape[1:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         queries = torch.empty(
             (len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device
@@ -124,15 +127,20 @@ class FusedOperations(Operations):
             places,
             queries,
             keys,
-            values,
+            pages.values[layer],
+            None if scales is None else scales.keys[layer],
+            None if scales is None else scales.values[layer],
             q_norm,
             k_norm,
             eps,
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
+            BLOCK_SIZE=block_size,
             HALF=triton.next_power_of_2(head_dim // 2),
             TILE_HEADS=_TILE_HEADS,
+            SMALLEST=SMALLEST,
+            LARGEST=LARGEST,
             OVERLAPPED=overlapped,
             num_warps=2,
             launch_pdl=overlapped,
@@ -333,15 +341,14 @@ def _add_norm(
 @triton.jit
 def _rotate_tile(
     source: tl.tensor,
-    target: tl.tensor,
     angles: tl.tensor,
     gains: tl.tensor,
     columns: tl.tensor,
     inside: tl.tensor,
     eps: float,
     HEAD_DIM: tl.constexpr,
-) -> None:
-    """Normalizes, if there are gains, and rotates [tile_heads, head_dim], half beside half."""
+) -> tuple[tl.tensor, tl.tensor]:
+    """Normalizes, if there are gains, and rotates [tile_heads, head_dim]; returns its halves."""
     half: tl.constexpr = HEAD_DIM // 2
     first = tl.load(source, mask=inside, other=0.0)
     dtype: tl.constexpr = first.dtype
@@ -359,6 +366,37 @@ def _rotate_tile(
     sin = tl.load(angles + half + columns, mask=columns < half, other=0.0).to(tl.float32)
     left = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
     right = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
+    return left.to(dtype), right.to(dtype)
+
+
+@triton.jit
+def _place_tile(
+    left: tl.tensor,
+    right: tl.tensor,
+    target: tl.tensor,
+    scales: tl.tensor,
+    scales_at: tl.tensor,
+    heads: tl.tensor,
+    inside: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+) -> None:
+    """Writes the halves of keys or values to the pool, as codes where it has scales (`fp8`)."""
+    half: tl.constexpr = HEAD_DIM // 2
+    if scales is not None:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1))[:, None]
+        # 2^e, at least: what the mantissa has above that of 448 is carried to the exponent.
+        bits = tl.maximum(largest, SMALLEST).to(tl.int32, bitcast=True)
+        exponent = ((bits + 0x1FFFFF) >> 23) - (127 + 8)
+        reciprocal = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+        reciprocal = tl.where(largest <= LARGEST, reciprocal, float("nan"))
+        left, right = left * reciprocal, right * reciprocal
+        scale = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(scales + scales_at, scale, mask=heads < NUM_KV_HEADS)
+    dtype: tl.constexpr = target.dtype.scalar.element_ty
     tl.store(target, left.to(dtype), mask=inside)
     tl.store(target + half, right.to(dtype), mask=inside)
 
@@ -371,14 +409,19 @@ def _place_heads(
     queries: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
     q_norm: tl.tensor,
     k_norm: tl.tensor,
     eps: float,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     TILE_HEADS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ) -> None:
     """A program a token and tile of heads: tiles of queries, then of keys, then of values."""
@@ -400,19 +443,47 @@ def _place_heads(
         inside = (heads < NUM_HEADS) & (columns < half)
         cells = heads * HEAD_DIM + columns
         out = queries + token * NUM_HEADS * HEAD_DIM + cells
-        _rotate_tile(q + cells, out, turn, q_norm, columns, inside, eps, HEAD_DIM)
+        left, right = _rotate_tile(q + cells, turn, q_norm, columns, inside, eps, HEAD_DIM)
+        tl.store(out, left, mask=inside)
+        tl.store(out + half, right, mask=inside)
     else:
         heads = (tile - num_q_tiles) % num_kv_tiles * TILE_HEADS + tile_heads
         inside = (heads < NUM_KV_HEADS) & (columns < half)
         cells = heads * HEAD_DIM + columns
-        place = tl.load(places + token) * NUM_KV_HEADS * HEAD_DIM
+        place = tl.load(places + token)
+        pool_at = place * NUM_KV_HEADS * HEAD_DIM + cells
+        scales_at = (place // BLOCK_SIZE * NUM_KV_HEADS + heads) * BLOCK_SIZE + place % BLOCK_SIZE
         if tile < num_q_tiles + num_kv_tiles:
-            out = keys + place + cells
-            _rotate_tile(k + cells, out, turn, k_norm, columns, inside, eps, HEAD_DIM)
+            left, right = _rotate_tile(k + cells, turn, k_norm, columns, inside, eps, HEAD_DIM)
+            _place_tile(
+                left,
+                right,
+                keys + pool_at,
+                key_scales,
+                scales_at,
+                heads,
+                inside,
+                HEAD_DIM,
+                NUM_KV_HEADS,
+                SMALLEST,
+                LARGEST,
+            )
         else:
-            out = values + place + cells
-            tl.store(out, tl.load(v + cells, mask=inside), mask=inside)
-            tl.store(out + half, tl.load(v + half + cells, mask=inside), mask=inside)
+            left = tl.load(v + cells, mask=inside, other=0.0)
+            right = tl.load(v + half + cells, mask=inside, other=0.0)
+            _place_tile(
+                left,
+                right,
+                values + pool_at,
+                value_scales,
+                scales_at,
+                heads,
+                inside,
+                HEAD_DIM,
+                NUM_KV_HEADS,
+                SMALLEST,
+                LARGEST,
+            )
 
 
 @triton.jit

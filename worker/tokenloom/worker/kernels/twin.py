@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenloom.worker.fp8 import to_codes
 from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, finished
 from tokenloom.worker.rotary import rotate
+
+if TYPE_CHECKING:
+    from tokenloom.worker.attention import Pages
 
 
 class TorchOperations(Operations):
@@ -60,24 +66,42 @@ class TorchOperations(Operations):
         qkv: Tensor,
         angles: Tensor,
         places: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        pages: Pages,
+        layer: int,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
         """Normalizes and rotates queries and keys, and writes keys and values to the pool."""
-        num_kv_heads, head_dim = keys.shape[-2:]
+        num_kv_heads, head_dim = pages.keys.shape[-2:]
         heads = qkv.view(len(qkv), -1, head_dim)
         num_heads = heads.shape[1] - 2 * num_kv_heads
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if norms is not None:
             q, k = self.norm(q, norms[0], eps), self.norm(k, norms[1], eps)
         cos, sin = angles.unsqueeze(2).unbind(1)  # each [num_tokens, 1, head_dim / 2]
-        keys.flatten(0, 1).index_copy_(0, places, rotate(k, cos, sin))
-        values.flatten(0, 1).index_copy_(0, places, v)
+        k, scales = rotate(k, cos, sin), pages.scales
+        if scales is None:
+            _place(k, pages.keys[layer], places)
+            _place(v, pages.values[layer], places)
+        else:
+            _place_codes(k, pages.keys[layer], scales.keys[layer], places)
+            _place_codes(v, pages.values[layer], scales.values[layer], places)
         return rotate(q, cos, sin)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Returns silu(gate) * up, [num_rows, size], for [num_rows, 2 * size] gate and up."""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
+
+
+def _place(rows: Tensor, pool: Tensor, places: Tensor) -> None:
+    """Writes [num_tokens, num_kv_heads, head_dim] to [num_blocks, block_size, …] of a layer."""
+    pool.flatten(0, 1).index_copy_(0, places, rows)
+
+
+def _place_codes(rows: Tensor, pool: Tensor, pool_scales: Tensor, places: Tensor) -> None:
+    """Writes their codes; `pool_scales` is [num_blocks, num_kv_heads, block_size]."""
+    codes, scales = to_codes(rows)
+    _place(codes.view(torch.uint8), pool.view(torch.uint8), places)  # torch copies no codes
+    block_size = pool.shape[1]
+    pool_scales[places // block_size, :, places % block_size] = scales
