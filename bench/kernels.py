@@ -4,11 +4,12 @@
 
 Needs a CUDA device. Every kernel runs in a CUDA graph over inputs that together
 exceed the L2 cache, beside what it replaces: attention as it is chosen for a step
-beside each backend that works there, with keys and values in 8 bits, too, the fused operations beside their torch
-twins, the matmuls of a layer and of the head, with norms and all but attention,
-beside the dense library's; the same with matrices of 8 bits, beside bitsandbytes'
-operation where it is installed. Sizes are Llama-3-8B's; attention is measured with
-Qwen3-0.6B's heads and matmuls with its sizes as well. Prints a table.
+beside each backend that works there, with keys and values in 8 bits as well, the
+fused operations beside their torch twins, the matmuls of a layer and of the head,
+with norms and all but attention, beside the dense library's; the same with matrices
+of 8 bits, beside bitsandbytes' operation where it is installed. Sizes are Llama-3-8B's;
+attention is measured with Qwen3-0.6B's heads and matmuls with its sizes as well.
+Prints a table.
 """
 
 from __future__ import annotations

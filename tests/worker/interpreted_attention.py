@@ -36,7 +36,6 @@ def loops_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
-@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("tile_bytes", [1024, 4096, 16384])
 @pytest.mark.parametrize(
     ("head_dim", "num_heads", "num_kv_heads", "block_size", "dtype", "window"),
@@ -56,19 +55,19 @@ def test_triton_agrees_with_its_twin(
     block_size: int,
     dtype: torch.dtype,
     window: int | None,
-    coded: bool,
 ) -> None:
     kernel_cases.poison_new_memory(monkeypatch)
     heads = Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    case = kernel_cases.attention_case(
-        SPANS, heads, block_size=block_size, dtype=dtype, device="cpu", coded=coded
-    )
     decoding = PagedDecoding(Tiling(tile_bytes=tile_bytes))
-    for attention in (
-        SplitAttention(decoding, PagedAttention(block_size)),
-        PagedAttention(block_size),
-    ):
-        kernel_cases.assert_attends_like_its_twin(attention, case, window)
+    for coded in (False, True):
+        case = kernel_cases.attention_case(
+            SPANS, heads, block_size=block_size, dtype=dtype, device="cpu", coded=coded
+        )
+        for attention in (
+            SplitAttention(decoding, PagedAttention(block_size)),
+            PagedAttention(block_size),
+        ):
+            kernel_cases.assert_attends_like_its_twin(attention, case, window)
 
 
 @pytest.mark.parametrize(

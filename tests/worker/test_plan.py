@@ -15,7 +15,7 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.formats import EightBits, FourBits
 from tokenloom.worker.gpus import GPUS, Gpu, find_gpu
 from tokenloom.worker.kv import pool_bytes
-from tokenloom.worker.memory import block_bytes, rotary_bytes
+from tokenloom.worker.memory import rotary_bytes
 from tokenloom.worker.options import CPU_KV_CACHE, WorkerOptions, parse_bytes
 from tokenloom.worker.plan.capacity import (
     Checkpoint,
@@ -132,7 +132,9 @@ def test_quantized_weights_take_what_their_codes_and_scales_take(
     ],
 )
 def test_a_token_takes_keys_and_values_of_all_layers(config: ModelConfig, num_bytes: int) -> None:
-    assert planned(config).kv_bytes_per_token == {"bfloat16": num_bytes, "fp8": num_bytes // 2}
+    # In 8 bits a head of a position has a scale of 4 bytes beside its codes.
+    coded = num_bytes // 2 + num_bytes // (2 * config.head_dim) * 4
+    assert planned(config).kv_bytes_per_token == {"bfloat16": num_bytes, "fp8": coded}
 
 
 def test_ranks_divide_all_but_norms() -> None:
@@ -263,20 +265,23 @@ def test_a_gpu_without_bfloat16_serves_float16() -> None:
 
 @pytest.mark.parametrize("name", [*CONFIGS, "pocket"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kv_cache", ["auto", "fp8"])
 def test_a_worker_keeps_the_weights_and_blocks_that_were_planned(
-    tmp_path: Path, name: str, dtype: str
+    tmp_path: Path, name: str, dtype: str, kv_cache: str
 ) -> None:
     folder = POCKET
     if name != "pocket":
         make_checkpoint(tmp_path, name)
         folder = tmp_path
     runner = ModelRunner(WorkerOptions(device="cpu"))
-    ready = runner.configure(configuration(str(folder), dtype=dtype), lambda *_: None)
+    ready = runner.configure(
+        configuration(str(folder), dtype=dtype, kv_cache=kv_cache), lambda *_: None
+    )
     config = read_checkpoint(str(folder)).config
-    serving = Serving(dtype=dtype, kv_types=(dtype,), context_tokens=16)
-    (only,) = planned(config, serving=serving).rows
-    assert only.weights_bytes == ready.weights_bytes
-    one = block_bytes(config, ready.block_size, {"bfloat16": 2, "float32": 4}[dtype])
+    kv_type = dtype if kv_cache == "auto" else kv_cache
+    plan = planned(config, serving=Serving(dtype=dtype, kv_types=(kv_type,), context_tokens=16))
+    assert plan.rows[0].weights_bytes == ready.weights_bytes
+    one = plan.kv_bytes_per_token[kv_type] * ready.block_size
     assert ready.num_blocks == parse_bytes(CPU_KV_CACHE) // one
     assert ready.kv_bytes == ready.num_blocks * one
 
@@ -287,10 +292,27 @@ def test_a_worker_on_a_gpu_takes_the_pool_that_was_planned(monkeypatch: pytest.M
     free = case.free_bytes(1, h200)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, h200.memory_bytes))
     num_bytes = pool_bytes(
-        torch.device("cuda"), fixed_bytes=None, memory_fraction=0.92, scratch=case.scratch_bytes(1)
+        torch.device("cuda"),
+        fixed_bytes=None,
+        memory_fraction=0.92,
+        scratch=case.scratch_bytes(1, "bfloat16"),
     )
     pool, _ = case.pools(1, h200)
     assert pool.num_blocks == num_bytes // (128 * 131_072)
+
+
+def test_a_pool_in_8_bits_leaves_room_for_what_flash_attn_reads_widened() -> None:
+    case = _Case(config=LLAMA_8B, forms=all_dense(LLAMA_8B), serving=SERVING)
+    own, coded = (case.scratch_bytes(1, kv_type) for kv_type in ("bfloat16", "fp8"))
+    longest, position = 131_072, 4096  # bytes of a layer's keys and values
+    assert coded - own == (longest + 8192) * position
+
+
+def test_a_gpu_without_8_bit_floats_has_no_pool_in_them() -> None:
+    assert [pool.kv_type for pool in row(LLAMA_8B, NF4, "A10G").pools] == ["bfloat16"]
+    asked = row(LLAMA_8B, NF4, "A10G", serving=replace(SERVING, kv_types=("fp8",)))
+    assert asked.obstacle == "A10G has no 8-bit floats; --kv-cache auto works there"
+    assert not asked.fits
 
 
 def test_memory_that_weights_leave_is_what_an_h200_had() -> None:

@@ -68,13 +68,13 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 
 
 TABLE = """\
-a token's keys and values take 128 KiB in bfloat16, 64 KiB in fp8
+a token's keys and values take 128 KiB in bfloat16, 66 KiB in fp8
 
 weights          GiB  GPU  KV GiB   tokens  requests  fp8: tokens  requests  tok/s × 1  × 4  × 16
-bfloat16       14.96   L4    3.22   26,368         6       52,736        12         17   63     –
-int8            8.46   L4    9.19   75,264        18      150,656        36         31  106   259
-nf4             5.61   L4   11.81   96,768        23      193,536        47         49  151   317
-nf4, head too   4.91   L4   12.45  102,016        24      204,160        49         56  169   336
+bfloat16       14.96   L4    3.22   26,368         6       43,392        10         17   63     –
+int8            8.46   L4    9.19   75,264        18      138,240        33         31  106   259
+nf4             5.61   L4   11.81   96,768        23      179,968        43         49  151   317
+nf4, head too   4.91   L4   12.45  102,016        24      190,208        46         56  169   336
 
 requests: as many as fit at once with 4,096 tokens each, up to 256
 tok/s: the most that memory bandwidth allows for so many such requests, KV in bfloat16
@@ -125,7 +125,7 @@ def test_json_has_the_figures_under_their_names_and_units(
         "max_model_tokens": 131072,
         "stored": None,
         "unquantized_bytes": 16060522496,
-        "kv_bytes_per_token": {"bfloat16": 131072, "fp8": 65536},
+        "kv_bytes_per_token": {"bfloat16": 131072, "fp8": 67584},
         "serving": {
             "dtype": "bfloat16",
             "kv_types": ["bfloat16", "fp8"],

@@ -31,7 +31,7 @@ def to_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
     largest = wide.abs().amax(-1)
     mantissas, exponents = torch.frexp(largest.clamp(min=SMALLEST))
     exponents = exponents - 9 + (mantissas > 0.875).int()  # 448 is 0.875 * 2^9
-    scales = torch.ldexp(torch.ones_like(largest), exponents)
+    scales = ((exponents + 127) << 23).view(SCALE_DTYPE)  # a float's bits: exact everywhere
     scaled = torch.where((largest <= LARGEST)[..., None], wide / scales[..., None], torch.nan)
     return scaled.to(CODE_DTYPE), scales
 

@@ -28,6 +28,8 @@ class Gpu:
     """None: not known."""
     has_bfloat16: bool = True
     """Turing has no units for it."""
+    has_fp8: bool = True
+    """Nor have it and Ampere instructions for 8-bit floats."""
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -36,25 +38,33 @@ class Gpu:
         return None if datasheet is None else datasheet * _COPY_SHARE
 
 
-def _gpu(name: str, memory_gib: float, gigabytes_per_s: float, *, has_bfloat16: bool = True) -> Gpu:
+def _gpu(
+    name: str,
+    memory_gib: float,
+    gigabytes_per_s: float,
+    *,
+    has_bfloat16: bool = True,
+    has_fp8: bool = True,
+) -> Gpu:
     return Gpu(
         name=name,
         memory_bytes=int(memory_gib * _GIB),
         datasheet_bytes_per_s=gigabytes_per_s * 1e9,
         has_bfloat16=has_bfloat16,
+        has_fp8=has_fp8,
     )
 
 
 GPUS = (
-    _gpu("T4", 14.56, 300, has_bfloat16=False),
+    _gpu("T4", 14.56, 300, has_bfloat16=False, has_fp8=False),
     _gpu("L4", 22.03, 300),
-    _gpu("A10G", 22.06, 600),
-    _gpu("RTX 3090", 23.68, 936),
+    _gpu("A10G", 22.06, 600, has_fp8=False),
+    _gpu("RTX 3090", 23.68, 936, has_fp8=False),
     _gpu("RTX 4090", 23.64, 1008),
     _gpu("RTX 5090", 31.36, 1792),
-    _gpu("A100 40GB", 39.38, 1555),
+    _gpu("A100 40GB", 39.38, 1555, has_fp8=False),
     _gpu("L40S", 44.39, 864),
-    _gpu("A100 80GB", 79.14, 2039),
+    _gpu("A100 80GB", 79.14, 2039, has_fp8=False),
     _gpu("H100 PCIe", 79.11, 2000),
     _gpu("H100", 79.11, 3350),
     _gpu("H200", 139.80, 4800),

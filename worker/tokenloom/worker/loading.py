@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_CAPABILITY_FP8 = (8, 9)
+"""Compute capability from which kernels write and read 8-bit floats."""
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -121,6 +124,7 @@ def load_model(
     folder = locate(configure.model)
     config = ModelConfig.parse(read_config(folder))
     dtype = _dtype(configure.dtype, config, device)
+    kv_dtype = _kv_dtype(configure.kv_cache, dtype, device)
     weights, fillings = _take_memory(folder, config, configure, dtype, device)
     with Copying(fillings, device) as copying:
         attention = choose_attention(
@@ -137,7 +141,7 @@ def load_model(
             config.architecture,
             device,
             dtype,
-            _kv_dtype(configure.kv_cache, dtype),
+            kv_dtype,
             attention.name,
             operations.name,
         )
@@ -152,7 +156,7 @@ def load_model(
             config=config,
             decoder=Decoder(config, weights, rotary, operations),
             attention=attention,
-            pool=_pool(config, configure, options, attention.block_size, dtype, device),
+            pool=_pool(config, configure, options, attention.block_size, dtype, kv_dtype, device),
             weights_bytes=sum(filling.num_place_bytes for filling in fillings),
         )
         copying.wait(lambda fraction: report("loading weights", fraction))
@@ -200,6 +204,7 @@ def _pool(
     options: WorkerOptions,
     block_size: int,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     device: torch.device,
 ) -> KVPool:
     """Returns the KV pool, out of the memory that the weights leave."""
@@ -217,13 +222,7 @@ def _pool(
         memory_fraction=options.kv_memory_fraction,
         scratch=scratch,
     )
-    pool = KVPool(
-        config,
-        num_bytes=num_bytes,
-        block_size=block_size,
-        dtype=_kv_dtype(configure.kv_cache, dtype),
-        device=device,
-    )
+    pool = KVPool(config, num_bytes=num_bytes, block_size=block_size, dtype=kv_dtype, device=device)
     _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, block_size)
     return pool
 
@@ -295,8 +294,17 @@ def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     return DTYPES[own]
 
 
-def _kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+def _kv_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Returns the type of the KV pool."""
-    if name not in {"auto", "fp8"}:
+    if name == "auto":
+        return dtype
+    if name != "fp8":
         raise LoadError(f"kv_cache {name} is not supported; supported are auto and fp8")
-    return CODE_DTYPE if name == "fp8" else dtype
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _CAPABILITY_FP8:
+            raise LoadError(
+                f"kv_cache fp8 needs a GPU of compute capability 8.9 at least;"
+                f" {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+            )
+    return CODE_DTYPE

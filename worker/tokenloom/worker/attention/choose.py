@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CAPABILITY_CODES = (8, 9)
-
 
 def choose_attention(
     name: str,
@@ -64,8 +62,8 @@ def choose_attention(
         "torch": None,
     }  # the fastest first
     if num_widened is not None:
-        no_codes = obstacles["triton"] or _why_no_codes(device)
-        obstacles |= {each: obstacles[each] or no_codes for each in ("flash4", "flash2", "triton")}
+        for each in ("flash4", "flash2"):  # Triton widens for them
+            obstacles[each] = obstacles[each] or obstacles["triton"]
     if name == "auto":
         chosen = next(each for each, obstacle in obstacles.items() if obstacle is None)
         if device.type == "cuda":
@@ -87,20 +85,13 @@ def choose_attention(
         others = _flash(chosen)
     else:
         others = widened.WidenedAttention(_flash(chosen), num_widened)
-    return (
-        others if name in {"flash4", "flash2"} else SplitAttention(decode.PagedDecoding(), others)
-    )
+    if name in {"flash4", "flash2"}:
+        return others
+    return SplitAttention(decode.PagedDecoding(), others)
 
 
 def _flash(name: str) -> Attention:
     return FlashAttention4() if name == "flash4" else FlashAttention2()
-
-
-def _why_no_codes(device: torch.device) -> str | None:
-    """Returns why kernels cannot read and write codes on a CUDA device; None if they can."""
-    if torch.cuda.get_device_capability(device) < _CAPABILITY_CODES:
-        return f"{torch.cuda.get_device_name(device)} has no 8-bit floats, which begin at 8.9"
-    return None
 
 
 def _why_not_triton(device: torch.device) -> str | None:

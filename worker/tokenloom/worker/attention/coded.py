@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 def wide_type(dtype: torch.dtype) -> tl.dtype:
     """Returns the type that codes are widened to beside queries of `dtype`.
@@ -41,30 +39,6 @@ def reciprocal_of(scales: tl.tensor) -> tl.tensor:
 @triton.jit
 def widen_halves(pairs: tl.tensor, WIDE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Returns the codes in the low and those in the high halves of int16 numbers."""
-    if INTERPRETED:
-        left = pairs.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        right = (pairs >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    else:
-        # Two pairs are in a register: one instruction gathers halves, another widens them.
-        # The compiler takes five, of which it shifts bytes one by one.
-        left = tl.inline_asm_elementwise(
-            """{ .reg .b32 gathered; .reg .b16 codes;
-            prmt.b32 gathered, $1, 0, 0x20; cvt.u16.u32 codes, gathered;
-            cvt.rn.f16x2.e4m3x2 $0, codes; }""",
-            "=r,r",
-            [pairs],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-        right = tl.inline_asm_elementwise(
-            """{ .reg .b32 gathered; .reg .b16 codes;
-            prmt.b32 gathered, $1, 0, 0x31; cvt.u16.u32 codes, gathered;
-            cvt.rn.f16x2.e4m3x2 $0, codes; }""",
-            "=r,r",
-            [pairs],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
+    left = pairs.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    right = (pairs >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
     return left.to(WIDE), right.to(WIDE)

@@ -56,8 +56,12 @@ class WidenedAttention:
         self._inner = inner
         self._in_place = PagedAttention(inner.block_size)
         self._num_blocks = -(-num_positions // inner.block_size)
-        self._room: Pages | None = None
+        self._rooms: dict[torch.device, Pages] = {}
         self._plan: _Plan | None = None
+
+    def load(self) -> None:
+        """Imports what the backend does."""
+        self._inner.load()
 
     def attend(
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
@@ -98,13 +102,13 @@ class WidenedAttention:
         assert pages.scales is not None
         keys, values, scales = pages.keys[layer], pages.values[layer], pages.scales
         block_size, num_kv_heads, head_dim = keys.shape[1:]
-        if self._room is None:
+        if keys.device not in self._rooms:
             shape = (1, self._num_blocks, block_size, num_kv_heads, head_dim)
-            self._room = Pages(
+            self._rooms[keys.device] = Pages(
                 keys=torch.zeros(shape, dtype=dtype, device=keys.device),
                 values=torch.zeros(shape, dtype=dtype, device=keys.device),
             )
-        room = self._room
+        room = self._rooms[keys.device]
         tiles = triton.cdiv(block_size * num_kv_heads, _TILE_ROWS)
         _widen[(self._num_blocks, tiles, 2)](
             keys,

@@ -21,11 +21,15 @@ from tokenloom.worker.matrices import HEAD, matrices
 from tokenloom.worker.memory import (
     CUDA_BYTES,
     CUDA_STEP_TOKENS,
+    FP8_BYTES,
     MIN_BLOCKS,
+    KVBytes,
     block_bytes,
+    num_widened,
     pool_share,
     rotary_bytes,
     scratch_bytes,
+    widened_bytes,
 )
 from tokenloom.worker.plan.sizes import (
     ITEM_BYTES,
@@ -43,7 +47,7 @@ KV_BLOCK_SIZE = 128
 """flash-attn-4's. Of other backends 64 or 256, which changes the end of a request alone."""
 MAX_RANKS = 8
 """GPUs of one host."""
-_KV_ITEM_BYTES = ITEM_BYTES | {"fp8": 1}
+_KV_BYTES = {name: KVBytes(item=item) for name, item in ITEM_BYTES.items()} | {"fp8": FP8_BYTES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,7 @@ class Row:
     fits: bool
     """Whether at least one request is served."""
     pools: tuple[Pool, ...]
-    """One a KV type; none without a GPU."""
+    """One a KV type that the GPU has; none without a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +224,8 @@ class _Case:
         """Returns why it cannot be served, whatever the memory."""
         if gpu is not None and not gpu.has_bfloat16 and self.serving.dtype == "bfloat16":
             return f"{gpu.name} has no bfloat16; --dtype float16 works there"
+        if gpu is not None and not gpu.has_fp8 and self.serving.kv_types[0] == "fp8":
+            return f"{gpu.name} has no 8-bit floats; --kv-cache auto works there"
         if (reason := why_not_split(self.config, num_ranks)) is not None:
             return reason
         for matrix in matrices(shard(self.config, num_ranks)):
@@ -241,36 +247,49 @@ class _Case:
         weights = self.weights(num_ranks).total
         return gpu.memory_bytes - CUDA_BYTES - rotary_bytes(self.config) - weights
 
-    def scratch_bytes(self, num_ranks: int) -> int:
+    def scratch_bytes(self, num_ranks: int, kv_type: str) -> int:
         """Returns what a rank leaves aside for the largest step."""
-        return scratch_bytes(
-            shard(self.config, num_ranks),
+        rank = shard(self.config, num_ranks)
+        num_step_tokens = self.serving.step_tokens
+        item_bytes = ITEM_BYTES[self.serving.dtype]
+        scratch = scratch_bytes(
+            rank,
             num_rows=self.serving.max_num_requests,
-            num_step_tokens=self.serving.step_tokens,
-            item_bytes=ITEM_BYTES[self.serving.dtype],
+            num_step_tokens=num_step_tokens,
+            item_bytes=item_bytes,
         )
+        if kv_type == "fp8":
+            num_positions = num_widened(
+                max_model_tokens=self.config.max_model_tokens, num_step_tokens=num_step_tokens
+            )
+            scratch += widened_bytes(rank, num_positions=num_positions, item_bytes=item_bytes)
+        return scratch
 
     def block_bytes(self, num_ranks: int, kv_type: str) -> int:
         """Returns what a block takes on a rank."""
         rank = shard(self.config, num_ranks)
-        return block_bytes(rank, KV_BLOCK_SIZE, _KV_ITEM_BYTES[kv_type])
+        return block_bytes(rank, KV_BLOCK_SIZE, _KV_BYTES[kv_type])
 
     def lacking_bytes(self, num_ranks: int, gpu: Gpu) -> int:
         """Returns how much less than a pool for one request is left; 0 if it is there."""
-        one = self.block_bytes(num_ranks, self.serving.kv_types[0])
+        kv_type = self.serving.kv_types[0]
+        one = self.block_bytes(num_ranks, kv_type)
         pool = max(MIN_BLOCKS, self._blocks_of_a_request()) * one
-        left = self.free_bytes(num_ranks, gpu) - self.scratch_bytes(num_ranks)
+        left = self.free_bytes(num_ranks, gpu) - self.scratch_bytes(num_ranks, kv_type)
         return max(0, math.ceil(pool / self.serving.kv_memory_fraction) - left)
 
     def pools(self, num_ranks: int, gpu: Gpu) -> Iterator[Pool]:
-        """Yields a rank's pool in each type."""
-        num_bytes = pool_share(
-            self.free_bytes(num_ranks, gpu),
-            scratch=self.scratch_bytes(num_ranks),
-            memory_fraction=self.serving.kv_memory_fraction,
-        )
+        """Yields a rank's pool in each type that the GPU has."""
+        free_bytes = self.free_bytes(num_ranks, gpu)
         read_bytes = self.weights(num_ranks).read_a_step
         for kv_type in self.serving.kv_types:
+            if kv_type == "fp8" and not gpu.has_fp8:
+                continue
+            num_bytes = pool_share(
+                free_bytes,
+                scratch=self.scratch_bytes(num_ranks, kv_type),
+                memory_fraction=self.serving.kv_memory_fraction,
+            )
             one = self.block_bytes(num_ranks, kv_type)
             num_blocks = num_bytes // one
             num_requests = min(
