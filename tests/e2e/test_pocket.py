@@ -49,10 +49,17 @@ def test_held_out_questions_are_answered_right(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("nf4",), ("fp4",), ("int8",), ("nf4", "--quantize-lm-head")], ids=" ".join
+    "options",
+    [
+        "--quantize nf4",
+        "--quantize fp4",
+        "--quantize int8",
+        "--quantize nf4 --quantize-lm-head",
+        "--kv-cache fp8",
+    ],
 )
-def test_held_out_questions_are_answered_right_when_quantized(options: tuple[str, ...]) -> None:
-    with Server.of_model(POCKET, "--quantize", *options) as server:
+def test_held_out_questions_are_answered_right_in_fewer_bits(options: str) -> None:
+    with Server.of_model(POCKET, *options.split()) as server:
         with server.client() as client:
             assert len(wrong_answers(client)) <= 1
         assert server.stop() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -17,6 +18,8 @@ from tokenloom.worker.attention.flash import (
     why_not_flash2,
     why_not_flash4,
 )
+from tokenloom.worker.attention.paged import PagedAttention
+from tokenloom.worker.attention.widened import WidenedAttention
 
 DEVICE = torch.device("cuda")
 NO_FLASH4 = "needs a CUDA device"
@@ -63,6 +66,66 @@ def test_flash4_agrees_with_its_twin(head_dim: int, group: int, window: int | No
     for name in SPANS:
         for attention in (FlashAttention4(), by_shape):
             assert_agrees(attention, name, heads, window)
+
+
+@needs_flash4
+@pytest.mark.parametrize("num_widened", [600, 2048, 8192])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "window"), [(64, 7, None), (96, 1, 100), (128, 4, None)]
+)
+def test_flash4_over_widened_codes_agrees_with_its_twin(
+    num_widened: int, head_dim: int, group: int, window: int | None
+) -> None:
+    heads = Heads(num_heads=2 * group, num_kv_heads=2, head_dim=head_dim)
+    attention = choose_attention(
+        "auto", head_dim=head_dim, dtype=torch.bfloat16, device=DEVICE, num_widened=num_widened
+    )
+    assert attention.name == "flash4 on widened keys, triton for decodes"
+    for name in SPANS:
+        case = kernel_cases.attention_case(
+            SPANS[name],
+            heads,
+            block_size=attention.block_size,
+            dtype=torch.bfloat16,
+            device="cuda",
+            coded=True,
+        )
+        finite = replace(case, pages=kernel_cases.finite(case.pages))  # as the pool keeps blocks
+        kernel_cases.assert_attends_like_its_twin(attention, finite, window)
+
+
+@needs_flash4
+def test_a_captured_prompt_over_widened_codes_stays_right_as_it_moves() -> None:
+    heads = Heads(num_heads=8, num_kv_heads=2, head_dim=128)
+    case = kernel_cases.attention_case(
+        [(1500, 64), (300, 64)],
+        heads,
+        block_size=128,
+        dtype=torch.bfloat16,
+        device="cuda",
+        coded=True,
+    )
+    case = replace(case, pages=kernel_cases.finite(case.pages))
+    lengths = case.step.kv_lengths.clone()
+    step = replace(case.step, kv_lengths=lengths)
+    attention = WidenedAttention(FlashAttention4(), 1700)
+
+    def attend() -> torch.Tensor:
+        # A step's own spans, as each is: what is found out of them is for all of its layers.
+        return attention.attend(case.pages, 0, case.queries, replace(step), None)
+
+    attend()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mixed = attend()
+    for first, second in ((1564, 364), (700, 300), (64, 64), (1564, 200)):
+        lengths.copy_(torch.tensor([first, second], dtype=torch.int32))
+        mixed.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        now = replace(step, kv_lengths=lengths.clone())
+        same = PagedAttention(128).attend(case.pages, 0, case.queries, now, None)
+        torch.testing.assert_close(mixed, same, rtol=1e-2, atol=1e-2)
 
 
 @needs_flash2

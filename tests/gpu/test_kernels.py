@@ -24,6 +24,7 @@ def test_norms_agree_with_their_twin(
     kernel_cases.assert_norms_like_its_twin(FusedOperations(), num_rows, size, dtype, "cuda")
 
 
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_heads_are_placed_as_by_their_twin(
     head_dim: int,
     dtype: torch.dtype,
     normed: bool,
+    coded: bool,
 ) -> None:
     kernel_cases.poison_new_memory(monkeypatch)
     heads = Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
@@ -48,6 +50,7 @@ def test_heads_are_placed_as_by_their_twin(
             normed=normed,
             dtype=dtype,
             device="cuda",
+            coded=coded,
         )
 
 

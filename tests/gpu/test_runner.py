@@ -38,6 +38,7 @@ class Machine:
     dtype: str
     attention: str = "auto"
     graphs: bool = True
+    kv_cache: str = "auto"
     logits: list[Tensor] = field(default_factory=list)
     num_faulty: int = 0
     """Sampled rows whose logits were not finite, those of graphs among them."""
@@ -50,7 +51,9 @@ class Machine:
             kv_cache_bytes=256 * 1024 * 1024,
         )
         self.runner = ModelRunner(options)
-        configure = configuration(str(self.folder), dtype=self.dtype, max_step_tokens=8192)
+        configure = configuration(
+            str(self.folder), dtype=self.dtype, kv_cache=self.kv_cache, max_step_tokens=8192
+        )
         self.ready = self.runner.configure(configure, lambda *_: None)
         rows = self.runner._rows
         assert rows is not None
@@ -282,14 +285,15 @@ def test_a_seeded_request_draws_on_cuda_what_it_draws_on_a_cpu(tmp_path: Path) -
     assert run("cuda") == run("cpu")
 
 
-def test_a_request_that_left_nan_behind_harms_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache", ["auto", "fp8"])
+def test_a_request_that_left_nan_behind_harms_no_other(tmp_path: Path, kv_cache: str) -> None:
     make_checkpoint(tmp_path, "llama")
-    machine = Machine(tmp_path, "cuda", "bfloat16")
+    machine = Machine(tmp_path, "cuda", "bfloat16", kv_cache=kv_cache)
     loaded = machine.runner._loaded
     assert loaded is not None
     with torch.inference_mode():
-        loaded.pool.pages.keys.fill_(float("nan"))
-        loaded.pool.pages.values.fill_(float("nan"))
+        for numbers in (loaded.pool.pages.keys, loaded.pool.pages.values):
+            numbers.view(torch.uint8).fill_(0xFF)  # NaN in every type
     machine.driver.generate([random_prompt(40)], 5)
     assert all(logits.isfinite().all() for logits in machine.logits)
     assert machine.num_faulty == 0
@@ -312,3 +316,14 @@ def test_the_pocket_model_answers_as_on_a_cpu(pocket_prompts: list[list[int]]) -
         return [answer[: answer.index(data.END_ID)] for answer in completions]
 
     assert answers("cuda", "auto") == answers("cpu", "auto")
+
+
+def test_the_pocket_model_answers_with_a_cache_in_8_bits(pocket_prompts: list[list[int]]) -> None:
+    def answers(device: str, kv_cache: str) -> list[list[int]]:
+        driver = Machine(POCKET, device, "auto", kv_cache=kv_cache).driver
+        completions = driver.generate(pocket_prompts[:64], 48, chunk=64)
+        return [answer[: answer.index(data.END_ID)] for answer in completions]
+
+    expected = answers("cpu", "auto")
+    same = sum(map(list.__eq__, answers("cuda", "fp8"), expected))
+    assert same >= len(expected) - 1

@@ -21,23 +21,30 @@ def composed(block_size: int, tiling: Tiling | None = None) -> Attention:
 
 
 def decodes(
-    ends: list[int], *, num_heads: int = 8, num_kv_heads: int = 2, head_dim: int = 128
+    ends: list[int],
+    *,
+    num_heads: int = 8,
+    num_kv_heads: int = 2,
+    head_dim: int = 128,
+    coded: bool = False,
 ) -> AttentionCase:
     heads = Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     spans = [(end - 1, 1) for end in ends]
     return kernel_cases.attention_case(
-        spans, heads, block_size=128, dtype=torch.bfloat16, device="cuda"
+        spans, heads, block_size=128, dtype=torch.bfloat16, device="cuda", coded=coded
     )
 
 
 def assert_both_agree(
     name: str, heads: Heads, block_size: int, dtype: torch.dtype, window: int | None
 ) -> None:
-    case = kernel_cases.attention_case(
-        SPANS[name], heads, block_size=block_size, dtype=dtype, device="cuda"
-    )
-    for attention in (composed(block_size), PagedAttention(block_size)):
-        kernel_cases.assert_attends_like_its_twin(attention, case, window)
+    """Compares both kernels with their twin, over numbers and over codes."""
+    for coded in (False, True):
+        case = kernel_cases.attention_case(
+            SPANS[name], heads, block_size=block_size, dtype=dtype, device="cuda", coded=coded
+        )
+        for attention in (composed(block_size), PagedAttention(block_size)):
+            kernel_cases.assert_attends_like_its_twin(attention, case, window)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -100,12 +107,14 @@ def test_every_way_to_share_the_keys_out_gives_the_same(
 @pytest.mark.parametrize("num_spans", [16, 17, 128, 129, 1300])
 def test_many_requests_of_all_lengths_decode_together(num_spans: int) -> None:
     ends = [1 + 37 * each % 411 for each in range(num_spans)]
-    case = decodes(ends, num_heads=4, num_kv_heads=1, head_dim=64)
-    kernel_cases.assert_attends_like_its_twin(composed(128), case, None)
+    for coded in (False, True):
+        case = decodes(ends, num_heads=4, num_kv_heads=1, head_dim=64, coded=coded)
+        kernel_cases.assert_attends_like_its_twin(composed(128), case, None)
 
 
-def test_a_result_does_not_depend_on_which_worker_comes_last() -> None:
-    case = decodes([30000, 5, 12000, 700])
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_result_does_not_depend_on_which_worker_comes_last(coded: bool) -> None:
+    case = decodes([30000, 5, 12000, 700], coded=coded)
     attention = composed(128)
     first = attention.attend(case.pages, 0, case.queries, case.step, None)
     for _ in range(200):
@@ -113,9 +122,10 @@ def test_a_result_does_not_depend_on_which_worker_comes_last() -> None:
         assert torch.equal(first, again)
 
 
-def test_a_captured_decode_stays_right_as_requests_grow_and_end() -> None:
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_captured_decode_stays_right_as_requests_grow_and_end(coded: bool) -> None:
     # One block table holds the longest request; others begin short.
-    case = decodes([2000, 130, 40, 512], num_heads=32, num_kv_heads=8)
+    case = decodes([2000, 130, 40, 512], num_heads=32, num_kv_heads=8, coded=coded)
     # All tables lead to written blocks as far as they reach, and are far wider than that.
     width = 1000
     tables = torch.full((4, width), 10**6, dtype=torch.int32, device="cuda")

@@ -26,6 +26,7 @@ from tokenloom.worker.slots import Limits, Slots
 
 if TYPE_CHECKING:
     from tokenloom.worker.ahead import Launch
+    from tokenloom.worker.attention import Attention
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
@@ -52,11 +53,15 @@ def recorded() -> AbstractContextManager[dict[Launch, None]]:
     return recorded_launches(GPUTarget("cuda", 90, 32))
 
 
-def on_a_gpu(folder: Path, name: str) -> tuple[LoadedModel, Limits, Ready]:
-    """Returns the outline of a model whose kernels are a GPU's without flash-attn."""
+def on_a_gpu(folder: Path, name: str, kv_cache: str) -> tuple[LoadedModel, Limits, Ready]:
+    """Returns the outline of a model whose kernels are a GPU's.
+
+    Those of prompts are without flash-attn, or with the KV cache in 8 bits for it.
+    """
     from tokenloom.worker.attention.choose import SplitAttention
     from tokenloom.worker.attention.decode import PagedDecoding
     from tokenloom.worker.attention.paged import PagedAttention
+    from tokenloom.worker.attention.widened import WidenedAttention
     from tokenloom.worker.kernels.fused import FusedOperations
 
     make_checkpoint(folder, name)
@@ -64,6 +69,7 @@ def on_a_gpu(folder: Path, name: str) -> tuple[LoadedModel, Limits, Ready]:
     configure = configuration(
         str(folder),
         dtype="bfloat16",
+        kv_cache=kv_cache,
         max_num_requests=NUM_SLOTS,
         max_step_tokens=MAX_STEP_TOKENS,
     )
@@ -72,7 +78,10 @@ def on_a_gpu(folder: Path, name: str) -> tuple[LoadedModel, Limits, Ready]:
     assert loaded is not None
     assert rows is not None
     loaded.decoder.operations = FusedOperations()
-    attention = SplitAttention(PagedDecoding(), PagedAttention(loaded.attention.block_size))
+    others: Attention = PagedAttention(loaded.attention.block_size)
+    if kv_cache == "fp8":
+        others = WidenedAttention(others, 1000)
+    attention = SplitAttention(PagedDecoding(), others)
     return replace(loaded, attention=attention).outline(), rows.limits, ready
 
 
@@ -105,14 +114,17 @@ def answering(loaded: LoadedModel, limits: Limits, *, fixed: bool) -> Callable[[
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2-window"])
+@pytest.mark.parametrize(
+    ("name", "kv_cache"),
+    [("llama", "auto"), ("qwen3", "auto"), ("qwen2-window", "auto"), ("llama", "fp8")],
+)
 def test_steps_launch_nothing_that_was_not_compiled_ahead(
-    tmp_path: Path, name: str, *, fixed: bool
+    tmp_path: Path, name: str, kv_cache: str, *, fixed: bool
 ) -> None:
     from tokenloom.worker.ahead import launch_all
 
     with torch.inference_mode():
-        loaded, limits, ready = on_a_gpu(tmp_path, name)
+        loaded, limits, ready = on_a_gpu(tmp_path, name, kv_cache)
         with recorded() as ahead:
             launch_all(loaded, limits)
         with recorded() as launched:
@@ -125,7 +137,7 @@ def test_steps_launch_nothing_that_was_not_compiled_ahead(
 
 def test_a_layer_of_each_window_is_launched(tmp_path: Path) -> None:
     with torch.inference_mode():
-        loaded, _, _ = on_a_gpu(tmp_path, "qwen2-window")
+        loaded, _, _ = on_a_gpu(tmp_path, "qwen2-window", "auto")
     windows = loaded.decoder._config.windows
     assert len(windows) == 2
     assert set(windows) == {None, 9}

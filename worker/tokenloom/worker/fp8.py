@@ -29,10 +29,11 @@ def to_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns CODE_DTYPE [..., head_dim] for rows of that shape, and SCALE_DTYPE [...]."""
     wide = rows.to(SCALE_DTYPE)
     largest = wide.abs().amax(-1)
-    mantissas, exponents = torch.frexp(largest.clamp(min=SMALLEST))
+    finite = largest <= LARGEST
+    mantissas, exponents = torch.frexp(largest.where(finite, 1).clamp(min=SMALLEST))
     exponents = exponents - 9 + (mantissas > 0.875).int()  # 448 is 0.875 * 2^9
     scales = ((exponents + 127) << 23).view(SCALE_DTYPE)  # a float's bits: exact everywhere
-    scaled = torch.where((largest <= LARGEST)[..., None], wide / scales[..., None], torch.nan)
+    scaled = (wide / scales[..., None]).where(finite[..., None], torch.nan)
     return scaled.to(CODE_DTYPE), scales
 
 

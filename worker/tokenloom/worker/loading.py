@@ -299,7 +299,7 @@ def _kv_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtyp
     if name == "auto":
         return dtype
     if name != "fp8":
-        raise LoadError(f"kv_cache {name} is not supported; supported are auto and fp8")
+        raise LoadError(f"kv_cache {name} is not supported; supported are auto, fp8")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < _CAPABILITY_FP8:
