@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.worker import kernel_cases
+from tokenloom.worker.attention import Pages
 from tokenloom.worker.kernels import Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.streamed import choose_tiling
@@ -134,8 +135,9 @@ class Layers:
         """Returns logits; with `stopping`, each kernel ends before the next is launched."""
         ops, eps = FusedOperations(), 1e-6
         residual = Residual(start.clone())
-        shape = (len(places), 1, NUM_KV_HEADS, HEAD_DIM)
+        shape = (1, len(places), 1, NUM_KV_HEADS, HEAD_DIM)
         keys, values = (torch.zeros(shape, dtype=BF16, device="cuda") for _ in range(2))
+        pages = Pages(keys=keys, values=values)
 
         def stop() -> None:
             if stopping:
@@ -146,7 +148,7 @@ class Layers:
         for qkv, output, gate_up, down in self.layers:
             heads = ops.norm_linear(residual, self.gain, eps, qkv)
             stop()
-            queries = ops.place_heads(heads, angles, places, keys, values, norms, eps)
+            queries = ops.place_heads(heads, angles, places, pages, 0, norms, eps)
             stop()
             ops.add_linear(residual, queries.flatten(1), output)
             stop()
@@ -156,7 +158,7 @@ class Layers:
             stop()
         logits = ops.norm_linear(residual, self.gain, eps, self.head)
         stop()
-        return torch.cat((logits, keys.flatten(1), values.flatten(1)), dim=1)
+        return torch.cat((logits, keys[0].flatten(1), values[0].flatten(1)), dim=1)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 24, 64, 100, 128])

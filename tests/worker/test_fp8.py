@@ -21,7 +21,7 @@ from tokenloom.worker.runner import ModelRunner
 
 ATTENTION_LOSS = 0.03
 """Of attention over codes against attention over what was coded, relative: 0.0275 to 0.0279 were
-measured. A code has 3 bits behind its first, which are off by 0.026 in the mean."""
+measured. A code has 3 bits behind its first, so numbers are off by 0.026, root mean square."""
 
 
 def test_a_scale_is_the_least_power_of_two_with_which_a_head_fits() -> None:
