@@ -16,6 +16,7 @@ from tokenloom.worker.attention import Pages
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.fp8 import CODE_DTYPE, LARGEST, SMALLEST, from_codes, to_codes
+from tokenloom.worker.loading import _kv_dtype
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
 
@@ -153,3 +154,11 @@ def test_an_unknown_type_of_the_pool_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama")
     with pytest.raises(LoadError, match="kv_cache int8 is not supported; supported are auto, fp8"):
         runner().configure(configuration(str(tmp_path), kv_cache="int8"), lambda *_: None)
+
+
+def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A10G")
+    with pytest.raises(LoadError, match=r"capability 8\.9 at least; A10G has 8\.6"):
+        _kv_dtype("fp8", torch.bfloat16, torch.device("cuda"))
+    assert _kv_dtype("auto", torch.bfloat16, torch.device("cuda")) == torch.bfloat16
