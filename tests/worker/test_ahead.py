@@ -16,6 +16,7 @@ from tests.worker.checkpoints import make_checkpoint
 from tests.worker.driver import Driver, configuration, int32
 from tests.worker.random_load import MAX_STEP_TOKENS, NUM_SLOTS, RandomLoad
 from tokenloom.wire.messages import Ready, Step, StepDone
+from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.computing import Rows, compute
 from tokenloom.worker.graphs import StepGraphs
 from tokenloom.worker.loading import LoadedModel
@@ -141,3 +142,13 @@ def test_a_layer_of_each_window_is_launched(tmp_path: Path) -> None:
     windows = loaded.decoder._config.windows
     assert len(windows) == 2
     assert set(windows) == {None, 9}
+
+
+def test_what_attention_in_torch_launches_is_found_too(tmp_path: Path) -> None:
+    from tokenloom.worker.ahead import launch_all
+
+    with torch.inference_mode():
+        loaded, limits, _ = on_a_gpu(tmp_path, "llama", "auto")
+        with recorded() as launches:
+            launch_all(replace(loaded, attention=ReferenceAttention()), limits)
+    assert any("place_heads" in each.kernel.fn.__name__ for each in launches)

@@ -59,6 +59,8 @@ class ReferenceAttention:
         self, pages: Pages, layer: int, queries: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """Returns [num_tokens, num_heads, head_dim] for queries of that shape."""
+        if queries.is_meta:
+            return torch.empty_like(queries)
         if spans is not self._spans:  # the groups are the same in every layer
             self._spans, self._groups = spans, list(self._group(spans))
         mixed = torch.empty_like(queries)
