@@ -76,6 +76,7 @@ class CoreMachine(RuleBasedStateMachine):
                 dtype="auto",
                 quantize="none",
                 quantize_lm_head=False,
+                int8_threshold=0.0,
                 kv_cache="auto",
                 max_model_tokens=None,
                 max_num_requests=self.limits.max_num_requests,

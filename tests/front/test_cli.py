@@ -85,6 +85,7 @@ def test_every_field_of_the_configuration_has_an_option(
         "num_fronts": 2,
         "dtype": "float32",
         "quantize": "nf4",
+        "int8_threshold": 6.0,
         "kv_cache": "fp8",
         "max_model_tokens": 77,
         "max_num_requests": 5,

@@ -69,7 +69,9 @@ def take_memory(
         quantize=quantize,
         quantize_lm_head=lm_head,
     )
-    weights = allocate_weights(config, formats=formats, dtype=DTYPES[dtype], device=CPU)
+    weights = allocate_weights(
+        config, formats=formats, int8_threshold=0.0, dtype=DTYPES[dtype], device=CPU
+    )
     fillings = match(stored, destinations(config, weights), formats=formats, dtype=DTYPES[dtype])
     forms = {matrix.name: formats.get(matrix.name) for matrix in matrices(config)}
     return weights, fillings, weight_bytes(config, forms, DTYPES[dtype].itemsize)
@@ -298,6 +300,19 @@ def test_a_cpu_keeps_the_rounded_values_dense_and_says_so(tmp_path: Path) -> Non
     expected = whole(first_qkv(plain).weight, "nf4")
     assert isinstance(expected, FourBitLinear)
     assert torch.equal(first_qkv(rounded).weight, expected.dense(torch.float32))
+
+
+def test_a_threshold_for_outliers_reaches_matrices_of_8_bits(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    asked = configuration(str(tmp_path), quantize="int8", int8_threshold=2.0)
+    runner, _ = load(asked)
+    assert runner._loaded is not None
+    qkv = runner._loaded.decoder._weights.layers[0].qkv
+    assert isinstance(qkv, EightBitLinear)
+    assert qkv.threshold == 2.0
+    rows = torch.linspace(-3, 3, 64)[None]
+    assert not torch.equal(qkv(rows), rows @ qkv.dense(torch.float32).T)
+    assert len(complete(asked)) == 12
 
 
 def first_qkv(runner: ModelRunner) -> DenseLinear:

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class _Message(
@@ -53,6 +53,8 @@ class Configure(_Message, frozen=True):
     """`nf4`, `fp4` or `int8` for matrices that are stored dense; `none` leaves them."""
     quantize_lm_head: bool
     """Whether the head is quantized with them, or as those of the checkpoint are."""
+    int8_threshold: float
+    """Inputs of 8-bit matrices where an activation reaches it are not quantized; 0: all are."""
     kv_cache: str
     """`fp8` for keys and values in 8 bits, or `auto` for the type of the arithmetic."""
     max_model_tokens: int | None

@@ -36,6 +36,11 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("served_name", str, "name told to clients (default: the last part of MODEL)"),
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
     ("quantize", str, "none, or what matrices are quantized to while loading: nf4, fp4 or int8"),
+    (
+        "int8_threshold",
+        float,
+        "activations from which on 8-bit matrices take inputs as they are, slowly (0: never)",
+    ),
     ("kv_cache", str, "fp8 for keys and values in 8 bits, which hold twice the context, or auto"),
     ("max_model_tokens", int, "longest prompt + completion (default: what the model allows)"),
     ("max_num_requests", int, "requests that run at once"),

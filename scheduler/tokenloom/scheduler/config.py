@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,9 @@ class SchedulerConfig:
     """`nf4`, `fp4` or `int8`: what matrices that the checkpoint has dense are quantized to."""
     quantize_lm_head: bool = False
     """Whether the head is quantized, too."""
+    int8_threshold: float = 0.0
+    """Activations from which on inputs of 8-bit matrices are multiplied as they are, as
+    bitsandbytes does it, which is slow; 0: none are."""
     kv_cache: str = "auto"
     """`fp8` for keys and values in 8 bits, or `auto` for the type of the arithmetic."""
     max_model_tokens: int | None = None
@@ -72,6 +76,10 @@ class SchedulerConfig:
         if self.quantize not in QUANTIZE_NAMES:
             raise ConfigError(
                 f"quantize is {self.quantize!r}; it must be one of {', '.join(QUANTIZE_NAMES)}"
+            )
+        if not 0 <= self.int8_threshold < math.inf:
+            raise ConfigError(
+                f"int8_threshold is {self.int8_threshold}; it must be 0 or a positive number"
             )
         if self.kv_cache not in KV_CACHE_NAMES:
             raise ConfigError(

@@ -25,6 +25,7 @@ from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.filling import Filling, match
+from tokenloom.worker.formats import EightBits
 from tokenloom.worker.fp8 import CODE_DTYPE
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
@@ -74,6 +75,7 @@ class ModelAsked:
     dtype: str
     quantize: str
     quantize_lm_head: bool
+    int8_threshold: float
     kv_cache: str
 
     @staticmethod
@@ -84,6 +86,7 @@ class ModelAsked:
             dtype=configure.dtype,
             quantize=configure.quantize,
             quantize_lm_head=configure.quantize_lm_head,
+            int8_threshold=configure.int8_threshold,
             kv_cache=configure.kv_cache,
         )
 
@@ -187,11 +190,19 @@ def _take_memory(
         quantize_lm_head=configure.quantize_lm_head,
     )
     # A CPU that has codes to look up computes a token ten times as slowly: there they are made
-    # dense as they are loaded. The numbers are those of the format, the memory is not.
-    kept = formats if device.type == "cuda" else {}
-    if formats and not kept:
-        _log.info("on a CPU %d quantized matrices are kept dense", len(formats))
-    weights = allocate_weights(config, formats=kept, dtype=dtype, device=device)
+    # dense as they are loaded. The numbers are those of the format, the memory is not. Where
+    # outliers are parted, speed is not asked for.
+    threshold = configure.int8_threshold
+    kept = {
+        name: each
+        for name, each in formats.items()
+        if device.type == "cuda" or (threshold > 0 and isinstance(each, EightBits))
+    }
+    if len(kept) < len(formats):
+        _log.info("on a CPU %d quantized matrices are kept dense", len(formats) - len(kept))
+    weights = allocate_weights(
+        config, formats=kept, int8_threshold=threshold, dtype=dtype, device=device
+    )
     fillings = match(stored, destinations(config, weights), formats=formats, dtype=dtype)
     if any(filling.rounded_to is not None for filling in fillings):
         load_bitsandbytes()

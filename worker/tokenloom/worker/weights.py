@@ -73,6 +73,7 @@ def allocate_weights(
     config: ModelConfig,
     *,
     formats: Mapping[str, Format],
+    int8_threshold: float,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Weights:
@@ -83,10 +84,11 @@ def allocate_weights(
     Args:
         config: The decoder.
         formats: By its name, what a matrix is kept in; absent ones are dense.
+        int8_threshold: Of matrices of 8 bits.
         dtype: Of the activations and of all that is not quantized.
         device: Where the memory is.
     """
-    memory = _Memory(dtype, device)
+    memory = _Memory(dtype, device, int8_threshold)
     zeros = memory.zeros
 
     def linear(
@@ -125,9 +127,10 @@ def allocate_weights(
 class _Memory:
     """Zeros on a device."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, int8_threshold: float) -> None:
         self._dtype = dtype
         self._device = device
+        self._int8_threshold = int8_threshold
         self._codebooks: dict[str, Tensor] = {}
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -155,6 +158,7 @@ class _Memory:
                     codes=self.zeros(num_outputs, num_inputs, dtype=torch.int8),
                     scales=self.zeros(num_outputs, dtype=torch.float32),
                     bias=own_bias,
+                    threshold=self._int8_threshold,
                 )
             case _:
                 assert_never(wanted)

@@ -193,6 +193,7 @@ class CoreLoop:
             dtype=self._config.dtype,
             quantize=self._config.quantize,
             quantize_lm_head=self._config.quantize_lm_head,
+            int8_threshold=self._config.int8_threshold,
             kv_cache=self._config.kv_cache,
             max_model_tokens=self._config.max_model_tokens,
             max_num_requests=self._config.max_num_requests,
