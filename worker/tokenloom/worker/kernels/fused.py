@@ -17,10 +17,17 @@ from torch import Tensor
 from tokenloom.worker.fp8 import LARGEST, SMALLEST
 from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residual
 from tokenloom.worker.kernels.eight_bit import multiply_eight_bit
+from tokenloom.worker.kernels.four_bit import (
+    Few,
+    choose_for,
+    has_kernels,
+    multiply_four_bit,
+    multiply_made_dense,
+)
 from tokenloom.worker.kernels.linear import choose_cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
 from tokenloom.worker.kernels.streamed import choose_tiling, multiply_streamed
-from tokenloom.worker.linears import DenseLinear, EightBitLinear
+from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear
 
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Pages
@@ -187,6 +194,15 @@ class FusedOperations(Operations):
             if out is None:
                 out = hidden.new_empty((len(hidden), linear.shape[0]))
             return multiply_eight_bit(hidden, linear, out, norm=(weight, eps))
+        if isinstance(linear, FourBitLinear) and has_kernels(linear, weight.dtype):
+            way = choose_for(len(residual), linear)
+            if isinstance(way, Few):
+                hidden = residual.sum()
+                return multiply_four_bit(way, hidden, linear, out, norm=(weight, eps))
+            rows = self.norm_sum(residual, weight, eps)
+            if way is None:
+                return multiply_made_dense(rows, linear, out)
+            return multiply_four_bit(way, rows, linear, out)
         return super().norm_linear(residual, weight, eps, linear, out)
 
     def norm_gate_up(
@@ -205,6 +221,14 @@ class FusedOperations(Operations):
             hidden = residual.sum()
             out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
             return multiply_eight_bit(hidden, linear, out, norm=(weight, eps), gated=True)
+        if isinstance(linear, FourBitLinear) and has_kernels(linear, weight.dtype):
+            way = choose_for(len(residual), linear)
+            if isinstance(way, Few):
+                hidden = residual.sum()
+                return multiply_four_bit(way, hidden, linear, norm=(weight, eps), gated=True)
+            if way is not None:
+                rows = self.norm_sum(residual, weight, eps)
+                return multiply_four_bit(way, rows, linear, gated=True)
         return super().norm_gate_up(residual, weight, eps, linear)
 
     def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
@@ -219,6 +243,12 @@ class FusedOperations(Operations):
         elif isinstance(linear, EightBitLinear) and linear.threshold == 0:
             hidden = residual.sum()
             multiply_eight_bit(rows, linear, hidden, residual=hidden)
+        elif isinstance(linear, FourBitLinear) and has_kernels(linear, rows.dtype):
+            if way := choose_for(len(rows), linear):
+                hidden = residual.sum()
+                multiply_four_bit(way, rows, linear, hidden, residual=hidden)
+            else:
+                residual.add_later(multiply_made_dense(rows, linear))
         else:
             super().add_linear(residual, rows, linear)
 
