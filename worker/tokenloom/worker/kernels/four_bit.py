@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tokenloom.worker.kernels import cuda
 from tokenloom.worker.kernels.overlap import real
-from tokenloom.worker.linears import DenseLinear, FourBitLinear
+from tokenloom.worker.linears import DenseLinear, FourBitLinear, Linear
 from tokenloom.worker.memory import DENSE_WEIGHTS
 
 _log = logging.getLogger(__name__)
@@ -220,7 +220,8 @@ def multiply_four_bit(
     """
     num_lines, num_inputs = linear.shape
     if out is None:
-        out = rows.new_empty((len(rows), num_lines // 2 if gated else num_lines))
+        shape = len(rows), num_lines // 2 if gated else num_lines
+        out = torch.empty(shape, dtype=rows.dtype, device=rows.device)
     if len(rows) == 0:
         return out
     gain, eps = norm or (None, 0.0)
@@ -239,22 +240,35 @@ def multiply_four_bit(
     return out
 
 
-def multiply_made_dense(rows: Tensor, linear: FourBitLinear, out: Tensor | None = None) -> Tensor:
+def for_rows(num_rows: int, linear: Linear, dtype: torch.dtype) -> Linear:
+    """Returns the matrix as so many rows of a type are best multiplied with it.
+
+    Dense, where no kernel of ours is for so many rows and it is small enough to be made so at
+    once. Its memory goes back to torch, which then has it for the matrices that follow.
+    """
+    if (
+        isinstance(linear, FourBitLinear)
+        and math.prod(linear.shape) <= DENSE_WEIGHTS
+        and has_kernels(linear, dtype)
+        and choose_for(num_rows, linear) is None
+    ):
+        return DenseLinear(weight=make_dense(linear, dtype), bias=linear.bias)
+    return linear
+
+
+def multiply_in_parts(rows: Tensor, linear: FourBitLinear, out: Tensor | None = None) -> Tensor:
     """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs].
 
-    As many outputs at a time as make DENSE_WEIGHTS. Their memory is given back to torch, which
-    then has it for those that follow.
+    As many outputs as make DENSE_WEIGHTS are made dense at a time, and the library multiplies.
     """
     num_outputs, num_inputs = linear.shape
     at_once = DENSE_WEIGHTS // num_inputs
-    if num_outputs <= at_once:
-        return DenseLinear(weight=make_dense(linear, rows.dtype), bias=linear.bias)(rows, out)
     if out is None:
-        out = rows.new_empty((len(rows), num_outputs))
+        out = torch.empty((len(rows), num_outputs), dtype=rows.dtype, device=rows.device)
     for first in range(0, num_outputs, at_once):
         part = linear.rows(first, min(first + at_once, num_outputs))
         weight = make_dense(part, rows.dtype)
-        DenseLinear(weight=weight, bias=None)(rows, out[:, first : first + at_once])
+        torch.mm(rows, weight.T, out=out[:, first : first + at_once])
     return out if linear.bias is None else out.add_(linear.bias)
 
 
