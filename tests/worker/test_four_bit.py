@@ -150,9 +150,11 @@ def test_every_kernel_of_the_tables_compiles(
     tuned: Tuned, architecture: str, dtype: torch.dtype
 ) -> None:
     ways: tuple[Few | Wide, ...] = (*tuned.few, *tuned.wide)
-    for instance in sorted({way.instance for way in ways} | {"DENSE"}):
-        kernel = cuda.CudaKernel(source="four_bit.cu", instance=instance, dtype=dtype)
-        assert cuda.cubin(kernel, architecture).startswith(b"\x7fELF")
+    kernels = {four_bit._kernel(way.name, way.instance, dtype) for way in ways}
+    for kernel in (*kernels, four_bit._kernel("make_dense", "DENSE", dtype)):
+        code = cuda.cubin(kernel, architecture)
+        assert code.startswith(b"\x7fELF")
+        assert f".text.{kernel.name}\0".encode() in code
 
 
 @needs_compiler
@@ -160,7 +162,7 @@ def test_a_kernel_is_compiled_once_and_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TOKENLOOM_CUDA_CACHE_DIR", str(tmp_path / "cuda"))
-    kernel = cuda.CudaKernel(source="four_bit.cu", instance="DENSE", dtype=BF16)
+    kernel = four_bit._kernel("make_dense", "DENSE", BF16)
     code = cuda.cubin(kernel, "sm_90a")
     (kept,) = (tmp_path / "cuda").iterdir()
     assert kept.read_bytes() == code
@@ -170,6 +172,6 @@ def test_a_kernel_is_compiled_once_and_kept(
 
 @needs_compiler
 def test_the_compilers_words_are_told() -> None:
-    kernel = cuda.CudaKernel(source="four_bit.cu", instance="NOTHING", dtype=BF16)
+    kernel = four_bit._kernel("make_dense", "NOTHING", BF16)
     with pytest.raises(CudaError, match=r"four_bit\.cu cannot be compiled with (?s:.*)NOTHING"):
         cuda.cubin(kernel, "sm_90a")

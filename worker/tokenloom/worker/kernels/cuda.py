@@ -29,7 +29,6 @@ from tokenloom.worker.kernels.overlap import overlaps
 _log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "sources"
-_ENTRY = b"kernel"
 _MAX_MAPS = 4096
 """More than the matrices of a model, in each form that kernels read them in."""
 
@@ -39,8 +38,9 @@ class CudaKernel:
     """A source file, and the one kernel of it that is meant."""
 
     source: str
+    name: str
     instance: str
-    """What the file is to define INSTANCE as"""
+    """What the file is to take INSTANCE for, so that it defines the kernel"""
     dtype: torch.dtype
     """float16 or bfloat16: what it takes and gives"""
 
@@ -140,7 +140,7 @@ def load(kernel: CudaKernel, device: torch.device) -> Any:  # noqa: ANN401 - the
     from cuda.bindings import driver  # noqa: PLC0415 - not everywhere
 
     module = _checked(driver.cuModuleLoadData(cubin(kernel, _architecture(device))))
-    function = _checked(driver.cuModuleGetFunction(module, _ENTRY))
+    function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
     has = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     may = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     shared_bytes = _checked(driver.cuDeviceGetAttribute(has, _checked(driver.cuCtxGetDevice())))

@@ -17,6 +17,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import torch
@@ -30,7 +31,6 @@ from tokenloom.worker.memory import DENSE_WEIGHTS
 _log = logging.getLogger(__name__)
 
 _BLOCK_SIZE = 64
-_SOURCE = "four_bit.cu"
 _TUNED = Path(__file__).parent / "tuned"
 _TABLE_BYTES = 32 * 1024
 _PROGRAM_BYTES = 1024
@@ -40,6 +40,8 @@ _PROGRAM_BYTES = 1024
 @dataclass(frozen=True, kw_only=True)
 class Few:
     """Warps with their own lines' inputs; the names are those of the kernel."""
+
+    name: ClassVar = "multiply_few"
 
     rows: int
     """At most"""
@@ -71,6 +73,8 @@ class Few:
 @dataclass(frozen=True, kw_only=True)
 class Wide:
     """Tiles of lines, whose inputs a cluster shares; the names are those of the kernel."""
+
+    name: ClassVar = "multiply_wide"
 
     rows: int
     """Of a program; more rows take more programs"""
@@ -139,6 +143,7 @@ def tuned_for(name: str, capability: tuple[int, int]) -> Tuned:
     candidates = (name.lower().replace(" ", "-"), "nvidia-h200" if capability == (9, 0) else "")
     paths = (_TUNED / f"{candidate}.toml" for candidate in candidates)
     path = next((path for path in paths if path.exists()), _TUNED / "default.toml")
+    _log.info("matrices of 4 bits on %s: kernels as tuned in %s", name, path.name)
     return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Tuned)
 
 
@@ -179,10 +184,13 @@ def _has_kernels(device: torch.device) -> bool:
 
 def choose_for(num_rows: int, linear: FourBitLinear) -> Few | Wide | None:
     """Returns what multiplies so many rows on the matrix's device; None: the library."""
-    device = real(linear.codes.device)
-    name = torch.cuda.get_device_name(device)
-    tuned = tuned_for(name, torch.cuda.get_device_capability(device))
-    return choose(tuned, num_rows, *linear.shape)
+    return choose(_tuned(real(linear.codes.device)), num_rows, *linear.shape)
+
+
+@cache
+def _tuned(device: torch.device) -> Tuned:
+    capability = torch.cuda.get_device_capability(device)
+    return tuned_for(torch.cuda.get_device_name(device), capability)
 
 
 class _Arguments(ctypes.Structure):
@@ -228,7 +236,7 @@ def multiply_four_bit(
     arguments = _arguments(linear, out, rows=rows, gain=gain, residual=residual)
     arguments.num_rows, arguments.num_outputs = out.shape
     arguments.gated, arguments.eps = gated, eps
-    kernel = cuda.CudaKernel(source=_SOURCE, instance=way.instance, dtype=rows.dtype)
+    kernel = _kernel(way.name, way.instance, rows.dtype)
     if isinstance(way, Few):
         grid = way.grid(num_lines, num_inputs, _num_processors(rows.device))
         cuda.launch(kernel, grid, rows.device, [arguments])
@@ -278,12 +286,16 @@ def make_dense(linear: FourBitLinear, dtype: torch.dtype) -> Tensor:
     out = torch.empty(linear.shape, dtype=dtype, device=device)
     arguments = _arguments(linear, out)
     arguments.num_outputs, arguments.num_inputs = linear.shape
-    kernel = cuda.CudaKernel(source=_SOURCE, instance="DENSE", dtype=dtype)
+    kernel = _kernel("make_dense", "DENSE", dtype)
     # A thread takes 4 words of 8 weights at a time.
     num_programs = min(4 * _num_processors(device), math.ceil(out.numel() / (8 * 4 * 256)))
     grid = cuda.Grid(programs=(num_programs, 1, 1), num_threads=256, shared_bytes=16 * 128)
     cuda.launch(kernel, grid, device, [arguments])
     return out
+
+
+def _kernel(name: str, instance: str, dtype: torch.dtype) -> cuda.CudaKernel:
+    return cuda.CudaKernel(source="four_bit.cu", name=name, instance=instance, dtype=dtype)
 
 
 def _arguments(linear: FourBitLinear, out: Tensor, **others: Tensor | None) -> _Arguments:

@@ -77,7 +77,7 @@ DEVICE uint32 finish(const Arguments &my, float total, float up_total, int row, 
 //
 // Writes the values themselves, [num_outputs, num_inputs]: each product in float32, then rounded.
 
-DEVICE void make_dense(const Arguments &my) {
+DEVICE void write_dense(const Arguments &my) {
     uint32 table = (threadIdx.x & 31) * 4;
     for (int code = threadIdx.x >> 5; code < 16; code += blockDim.x >> 5)
         shared<float>(table + code * 128) = my.codebook[code];
@@ -117,13 +117,13 @@ DEVICE void make_dense(const Arguments &my) {
 // One is compiled at a time: INSTANCE is defined as one of these, with numbers.
 
 #define FEW(rows, warps, depth, programs)                                            \
-    KERNEL(32 * warps, programs) kernel(const Arguments my) {                        \
+    KERNEL(32 * warps, programs) multiply_few(const Arguments my) {                  \
         Few<rows, warps, depth>::multiply(my);                                       \
     }
 #define WIDE(tokens, groups, step, stages, programs)                                 \
-    KERNEL(128 * groups + 128, programs) kernel(const Arguments my, MAP codes) {     \
+    KERNEL(128 * groups + 128, programs) multiply_wide(const Arguments my, MAP codes) { \
         Wide<tokens, groups, step, stages>::multiply(my, codes);                     \
     }
-#define DENSE KERNEL(256, 8) kernel(const Arguments my) { make_dense(my); }
+#define DENSE KERNEL(256, 8) make_dense(const Arguments my) { write_dense(my); }
 
 INSTANCE
