@@ -7,15 +7,14 @@ exceed the L2 cache, beside what it replaces: attention as it is chosen for a st
 beside each backend that works there, with keys and values in 8 bits as well, the
 fused operations beside their torch twins, the matmuls of a layer and of the head,
 with norms and all but attention, beside the dense library's; the same with matrices
-of 8 bits, beside bitsandbytes' operation where it is installed. Sizes are Llama-3-8B's;
-attention is measured with Qwen3-0.6B's heads and matmuls with its sizes as well.
-Prints a table.
+of 8 and of 4 bits, beside bitsandbytes' operations where it is installed. Sizes are
+Llama-3-8B's; attention is measured with Qwen3-0.6B's heads and matmuls with its sizes
+as well. Prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from tokenloom.worker.fp8 import CODE_DTYPE, to_codes
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.linears import DenseLinear, EightBitLinear, Linear
+from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear, Linear, codebook
 from tokenloom.worker.options import ATTENTION_NAMES
 
 DEVICE = torch.device("cuda")
@@ -55,7 +54,8 @@ MIXED = ((64, 1024), (256, 2048))
 """(requests that decode at a context of 1,024, tokens of one prompt)"""
 NUM_TOKENS = (1, 32, 256, 8192)
 NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-NUM_EIGHT_BIT_ROWS = (*NUM_ROWS, 256, 512, 2048, 8192)
+NUM_QUANTIZED_ROWS = (*NUM_ROWS, 256, 512, 2048, 8192)
+FOUR_BIT_BLOCK = 64
 FRESH_BYTES = 256 * 1024**2
 """Of inputs in turn: several times the L2 cache."""
 NUM_REPLAYS = 7
@@ -390,7 +390,20 @@ def eight_bit(dense: DenseLinear) -> EightBitLinear:
     return EightBitLinear(codes=codes, scales=scales, bias=None)
 
 
-class BitsandbytesLinear(EightBitLinear):
+def four_bit(dense: DenseLinear) -> FourBitLinear:
+    """Returns random codes of the matrix's size, which take as long as its own."""
+    num_outputs, num_inputs = dense.shape
+    shape = (num_outputs, num_inputs // 2)
+    spread = 0.5 + torch.rand(num_outputs, num_inputs // FOUR_BIT_BLOCK, device=DEVICE)
+    return FourBitLinear(
+        codes=torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE),
+        absmax=2 * num_inputs**-0.5 * spread,
+        codebook=codebook("nf4", DEVICE),
+        bias=None,
+    )
+
+
+class TheirEightBits(EightBitLinear):
     """A matrix that bitsandbytes' operation multiplies with."""
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -402,29 +415,42 @@ class BitsandbytesLinear(EightBitLinear):
         return product
 
 
-def eight_bit_rows() -> Iterator[Row]:
-    """Yields a layer's matmuls: dense as they are done, of 8 bits ours and bitsandbytes'."""
+class TheirFourBits(FourBitLinear):
+    """A matrix that bitsandbytes' operation multiplies with."""
+
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns [num_rows, num_outputs]."""
+        assert out is None
+        codes, absmax = self.codes.view(-1, 1), self.absmax.view(-1)
+        multiply = torch.ops.bitsandbytes.gemm_4bit
+        product: Tensor = multiply(rows, codes, list(self.shape), absmax, FOUR_BIT_BLOCK, "nf4")
+        return product
+
+
+def quantized_rows(num_bits: int) -> Iterator[Row]:
+    """Yields a layer's matmuls: dense as they are done, quantized ours and bitsandbytes'."""
+    four = num_bits == 4
+    quantize, their_linear = (four_bit, TheirFourBits) if four else (eight_bit, TheirEightBits)
     for model in MODELS:
         dense = layer_matrices(model)
-        narrow = [tuple(map(eight_bit, layer)) for layer in dense]
+        narrow: list[tuple[Linear, ...]] = [tuple(map(quantize, layer)) for layer in dense]
         backends: list[tuple[str, Operations, Sequence[tuple[Linear, ...]]]] = [
             ("dense", FusedOperations(), dense),
-            ("triton", FusedOperations(), narrow),
+            ("ours", FusedOperations(), narrow),
         ]
         if find_spec("bitsandbytes"):
             import_module("bitsandbytes")
-            theirs = [tuple(BitsandbytesLinear(**vars(each)) for each in layer) for layer in narrow]
+            theirs = [tuple(their_linear(**vars(each)) for each in layer) for layer in narrow]
             backends.append(("bnb", LibraryOperations(), theirs))
-        for num_rows in NUM_EIGHT_BIT_ROWS:
+        for num_rows in NUM_QUANTIZED_ROWS:
             for name, operations, layers in backends:
                 yield Row(
-                    kernel=f"{model.name} int8",
+                    kernel=f"{model.name} {num_bits} bits",
                     shape=f"{num_rows} rows",
                     backend=name,
                     seconds=seconds_each(layers_call(operations, layers, num_rows), 1)
                     / model.num_layers,
-                    num_bytes=sum(math.prod(each.shape) for each in layers[0])
-                    * (2 if name == "dense" else 1),
+                    num_bytes=sum(each.num_bytes for each in layers[0]),
                 )
 
 
@@ -459,7 +485,7 @@ def head_call(operations: Operations, head: DenseLinear, num_rows: int) -> Calla
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Bandwidth of the worker's kernels.")
-    names = ("attend", *OPERATIONS, "linear", "eight_bit")
+    names = ("attend", *OPERATIONS, "linear", "eight_bit", "four_bit")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -474,9 +500,10 @@ def main() -> None:
         if "linear" in args.only:
             for row in linear_rows():
                 print(row, flush=True)
-        if "eight_bit" in args.only:
-            for row in eight_bit_rows():
-                print(row, flush=True)
+        for name, num_bits in (("eight_bit", 8), ("four_bit", 4)):
+            if name in args.only:
+                for row in quantized_rows(num_bits):
+                    print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 _NEED_TRITON = [
     "test_decode_rows.py",
     "test_draw.py",
+    "test_four_bit.py",
     "test_kernels.py",
     "test_linear.py",
     "test_triton_attention.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from tokenloom.worker.attention import Pages
 from tokenloom.worker.kernels import Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.streamed import choose_tiling
-from tokenloom.worker.linears import DenseLinear
+from tokenloom.worker.linears import DenseLinear, Linear
 
 BF16 = torch.bfloat16
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 8, 128
@@ -109,14 +111,21 @@ def test_a_row_does_not_depend_on_the_others(num_rows: int) -> None:
         assert not torch.equal(one[1], other[1])
 
 
+def dense_linear(num_outputs: int, num_inputs: int) -> DenseLinear:
+    weight = torch.randn(num_outputs, num_inputs, device="cuda") * num_inputs**-0.5
+    return DenseLinear(weight=weight.to(BF16), bias=None)
+
+
 class Layers:
     """Some layers whose attention is the queries themselves."""
 
-    def __init__(self, num_layers: int, hidden_size: int, intermediate_size: int) -> None:
-        def linear(num_outputs: int, num_inputs: int) -> DenseLinear:
-            weight = torch.randn(num_outputs, num_inputs, device="cuda") * num_inputs**-0.5
-            return DenseLinear(weight=weight.to(BF16), bias=None)
-
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        intermediate_size: int,
+        linear: Callable[[int, int], Linear] = dense_linear,
+    ) -> None:
         num_q, num_all = NUM_HEADS * HEAD_DIM, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
         self.layers = [
             (
@@ -171,7 +180,11 @@ def test_kernels_that_overlap_give_what_they_give_one_by_one(
     num_rows: int, hidden_size: int, intermediate_size: int
 ) -> None:
     torch.manual_seed(num_rows + hidden_size)
-    layers = Layers(8, hidden_size, intermediate_size)
+    assert_overlapping_changes_nothing(Layers(8, hidden_size, intermediate_size), num_rows)
+
+
+def assert_overlapping_changes_nothing(layers: Layers, num_rows: int) -> None:
+    hidden_size = len(layers.gain)
     places = torch.randperm(num_rows, device="cuda")
     angles = torch.rand(num_rows, 2, HEAD_DIM // 2, device="cuda").to(BF16)
     starts = torch.randn(NUM_STARTS, num_rows, hidden_size, device="cuda").to(BF16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from tests.worker.checkpoints import make_checkpoint
 from tests.worker.driver import configuration
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.kv import pool_bytes
-from tokenloom.worker.memory import scratch_bytes
+from tokenloom.worker.memory import DENSE_WEIGHTS, scratch_bytes
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.warmup import warm_up_steps
@@ -43,6 +45,13 @@ def test_scratch_covers_the_logits_of_every_row_many_times() -> None:
 
 def test_scratch_grows_with_rows_and_with_step_tokens() -> None:
     assert scratch(1, 512) < scratch(1, 8192) < scratch(512, 8192)
+
+
+def test_matrices_of_4_bits_leave_room_to_be_made_dense_in_a_graph_and_outside() -> None:
+    size = partial(scratch_bytes, CONFIG, num_rows=1, num_step_tokens=512, item_bytes=2)
+    largest = max(2 * CONFIG.intermediate_size, CONFIG.vocab_size) * CONFIG.hidden_size
+    dense = min(largest, DENSE_WEIGHTS) * 2
+    assert size(four_bit=True) - size() == 2 * dense
 
 
 def test_a_fixed_size_is_taken_as_it_is() -> None:

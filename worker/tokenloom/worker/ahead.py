@@ -1,4 +1,4 @@
-"""Triton kernels compiled in threads, before steps launch them.
+"""Triton and CUDA kernels compiled in threads, before steps launch them.
 
     steps of every shape, ─▶ launches, recorded: ─▶ compiled, a thread each; beside it
     on the meta device       kernel, signature      flash-attn-4 is imported
@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from tokenloom.worker.computing import Rows, compute
+from tokenloom.worker.kernels.cuda import CudaKernel, load, recorded_kernels
 from tokenloom.worker.shapes import FixedSteps
 from tokenloom.worker.slots import Slots
 from tokenloom.worker.warmup import warm_up_steps
@@ -58,17 +59,19 @@ def compiled_ahead(loaded: LoadedModel, limits: Limits, device: torch.device) ->
     capability = torch.cuda.get_device_capability(device)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     start_s = time.perf_counter()
-    with recorded_launches(target) as launches:
+    with recorded_launches(target) as launches, recorded_kernels() as kernels:
         launch_all(loaded.outline(), limits)
     found_s = time.perf_counter()
     with ThreadPoolExecutor(
         os.cpu_count(), "compiling", initializer=torch.cuda.set_device, initargs=(device,)
     ) as threads:
         compiling = [threads.submit(_compile, launch) for launch in launches]
+        compiling += [threads.submit(_load, kernel, device) for kernel in kernels]
         yield
         _log.info(
-            "%d Triton kernels: found in %.2f s, there after %.2f s",
+            "%d Triton and %d CUDA kernels: found in %.2f s, there after %.2f s",
             len(launches),
+            len(kernels),
             found_s - start_s,
             max((each.result() for each in compiling), default=start_s) - start_s,
         )
@@ -125,4 +128,10 @@ def _compile(launch: Launch) -> float:
     """Returns when it was done, in seconds."""
     compiled = launch.kernel.preload(launch.specialization)
     compiled[1, 1, 1]  # on the device, with its launcher, which is compiled, too; not launched
+    return time.perf_counter()
+
+
+def _load(kernel: CudaKernel, device: torch.device) -> float:
+    """Returns when it was done, in seconds."""
+    load(kernel, device)
     return time.perf_counter()

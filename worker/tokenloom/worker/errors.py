@@ -5,7 +5,8 @@ WorkerError
 │   ├── UnsupportedModelError
 │   ├── CheckpointError
 │   └── PoolError
-└── ProtocolError          a Step contradicts the ones before it; the process exits with 1
+├── ProtocolError          a Step contradicts the ones before it; the process exits with 1
+└── CudaError              a kernel cannot be compiled, loaded or launched
 """
 
 from __future__ import annotations
@@ -33,3 +34,7 @@ class PoolError(LoadError):
 
 class ProtocolError(WorkerError):
     """A Step breaks the rules of tokenloom.wire.messages."""
+
+
+class CudaError(WorkerError):
+    """A call of the CUDA driver or of its compiler failed."""

@@ -2,6 +2,7 @@
 
     DIR/triton     Triton's kernels
     DIR/flash      flash-attn-4's
+    DIR/cuda       what NVRTC compiled
     DIR/bytecode   Python's own, where the installation has none
 
 Set before torch, Triton and flash-attn-4 are imported, which read their variables then. Code
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _FLASH_ENABLED = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 _FLASH_FOLDER = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 _TRITON_FOLDER = "TRITON_CACHE_DIR"
+_CUDA_FOLDER = "TOKENLOOM_CUDA_CACHE_DIR"
 
 
 def keep_kernels(folder: Path | None) -> None:
@@ -45,7 +47,14 @@ def keep_kernels(folder: Path | None) -> None:
     os.environ.setdefault(_TRITON_FOLDER, str(chosen / "triton"))
     os.environ.setdefault(_FLASH_FOLDER, str(chosen / "flash"))
     os.environ.setdefault(_FLASH_ENABLED, "1")
+    os.environ.setdefault(_CUDA_FOLDER, str(chosen / "cuda"))
     keep_bytecode(chosen / "bytecode")
+
+
+def cubin_folder() -> Path | None:
+    """Returns where NVRTC's work is kept; None: it is not kept."""
+    folder = os.environ.get(_CUDA_FOLDER)
+    return Path(folder) if folder else None
 
 
 def _default_folder() -> Path:

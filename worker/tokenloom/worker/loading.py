@@ -29,6 +29,7 @@ from tokenloom.worker.formats import EightBits
 from tokenloom.worker.fp8 import CODE_DTYPE
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
+from tokenloom.worker.linears import FourBitLinear
 from tokenloom.worker.matrices import matrices
 from tokenloom.worker.memory import (
     CPU_STEP_TOKENS,
@@ -44,6 +45,7 @@ from tokenloom.worker.rounding import load_bitsandbytes
 from tokenloom.worker.weights import (
     allocate_weights,
     destinations,
+    linears,
 )
 
 if TYPE_CHECKING:
@@ -159,7 +161,9 @@ def load_model(
             config=config,
             decoder=Decoder(config, weights, rotary, operations),
             attention=attention,
-            pool=_pool(config, configure, options, attention.block_size, dtype, kv_dtype, device),
+            pool=_pool(
+                config, weights, configure, options, attention.block_size, dtype, kv_dtype, device
+            ),
             weights_bytes=sum(filling.num_place_bytes for filling in fillings),
         )
         copying.wait(lambda fraction: report("loading weights", fraction))
@@ -211,6 +215,7 @@ def _take_memory(
 
 def _pool(
     config: ModelConfig,
+    weights: Weights,
     configure: Configure,
     options: WorkerOptions,
     block_size: int,
@@ -224,6 +229,7 @@ def _pool(
         num_rows=configure.max_num_requests,
         num_step_tokens=max_step_tokens(configure, device),
         item_bytes=dtype.itemsize,
+        four_bit=any(isinstance(each, FourBitLinear) for each in linears(weights)),
     )
     if (num_positions := _num_widened(configure, config, device)) is not None:
         scratch += widened_bytes(config, num_positions=num_positions, item_bytes=dtype.itemsize)

@@ -170,6 +170,13 @@ class _Memory:
         return self._codebooks[name]
 
 
+def linears(weights: Weights) -> Iterator[Linear]:
+    """Yields the matrices that rows are multiplied with."""
+    for layer in weights.layers:
+        yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+    yield weights.head
+
+
 def form(weights: object) -> tuple[object, ...]:
     """Returns what launches depend on: kinds of matrices, types and sizes, not what they hold."""
     if isinstance(weights, Tensor):

@@ -17,10 +17,18 @@ from torch import Tensor
 from tokenloom.worker.fp8 import LARGEST, SMALLEST
 from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residual
 from tokenloom.worker.kernels.eight_bit import multiply_eight_bit
+from tokenloom.worker.kernels.four_bit import (
+    Few,
+    choose_for,
+    for_rows,
+    has_kernels,
+    multiply_four_bit,
+    multiply_in_parts,
+)
 from tokenloom.worker.kernels.linear import choose_cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
 from tokenloom.worker.kernels.streamed import choose_tiling, multiply_streamed
-from tokenloom.worker.linears import DenseLinear, EightBitLinear
+from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear
 
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Pages
@@ -173,6 +181,7 @@ class FusedOperations(Operations):
         out: Tensor | None = None,
     ) -> Tensor:
         """Returns the matrix times the normalized rows, [num_rows, num_outputs]."""
+        linear = for_rows(len(residual), linear, weight.dtype)
         if isinstance(linear, DenseLinear):
             if cut := choose_cut(len(residual), linear):
                 hidden = residual.sum()
@@ -187,12 +196,15 @@ class FusedOperations(Operations):
             if out is None:
                 out = hidden.new_empty((len(hidden), linear.shape[0]))
             return multiply_eight_bit(hidden, linear, out, norm=(weight, eps))
+        if isinstance(linear, FourBitLinear) and has_kernels(linear, weight.dtype):
+            return self._norm_four_bit(residual, weight, eps, linear, out)
         return super().norm_linear(residual, weight, eps, linear, out)
 
     def norm_gate_up(
         self, residual: Residual, weight: Tensor, eps: float, linear: Linear
     ) -> Tensor:
         """Returns silu(gate) * up of the normalized rows, [num_rows, num_outputs / 2]."""
+        linear = for_rows(len(residual), linear, weight.dtype)
         if isinstance(linear, DenseLinear):
             if cut := choose_cut(len(residual), linear, gated=True):
                 hidden = residual.sum()
@@ -205,10 +217,13 @@ class FusedOperations(Operations):
             hidden = residual.sum()
             out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
             return multiply_eight_bit(hidden, linear, out, norm=(weight, eps), gated=True)
+        if isinstance(linear, FourBitLinear) and has_kernels(linear, weight.dtype):
+            return self._norm_four_bit(residual, weight, eps, linear, gated=True)
         return super().norm_gate_up(residual, weight, eps, linear)
 
     def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
         """Adds the matrix times [num_rows, num_inputs] rows to the residual."""
+        linear = for_rows(len(rows), linear, rows.dtype)
         if isinstance(linear, DenseLinear) and (cut := choose_cut(len(rows), linear)):
             hidden = residual.sum()
             multiply(cut, rows, linear, hidden, residual=hidden)
@@ -219,8 +234,34 @@ class FusedOperations(Operations):
         elif isinstance(linear, EightBitLinear) and linear.threshold == 0:
             hidden = residual.sum()
             multiply_eight_bit(rows, linear, hidden, residual=hidden)
+        elif isinstance(linear, FourBitLinear) and has_kernels(linear, rows.dtype):
+            if way := choose_for(len(rows), linear):
+                hidden = residual.sum()
+                multiply_four_bit(way, rows, linear, hidden, residual=hidden)
+            else:
+                residual.add_later(multiply_in_parts(rows, linear))
         else:
             super().add_linear(residual, rows, linear)
+
+    def _norm_four_bit(
+        self,
+        residual: Residual,
+        weight: Tensor,
+        eps: float,
+        linear: FourBitLinear,
+        out: Tensor | None = None,
+        *,
+        gated: bool = False,
+    ) -> Tensor:
+        """Returns what `norm_linear` does, with `gated` what `norm_gate_up` does."""
+        norm, way = (weight, eps), choose_for(len(residual), linear)
+        if isinstance(way, Few):
+            return multiply_four_bit(way, residual.sum(), linear, out, norm=norm, gated=gated)
+        rows = self.norm_sum(residual, weight, eps)
+        if way is not None:
+            return multiply_four_bit(way, rows, linear, out, gated=gated)
+        product = multiply_in_parts(rows, linear, out)
+        return self.silu_mul(product) if gated else product
 
 
 @triton.jit(do_not_specialize=["max_tokens", "num_entries"])

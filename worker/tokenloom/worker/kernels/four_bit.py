@@ -1,0 +1,316 @@
+"""Matrices of 4 bits times rows: which kernel, how it is cut, and its launch.
+
+    rows    kernel, of sources/four_bit.cu                     fused with it
+    few     lanes' loads are the matrix unit's operands        norm, residual, silu(gate) * up
+    some    `wgmma`, codes and rows through shared memory      residual, silu(gate) * up
+    many    made dense, then the dense library's matmul
+
+Where that begins and ends, and how a matrix is cut, was measured: `tuned/` has a table a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tokenloom.worker.kernels import cuda
+from tokenloom.worker.kernels.overlap import real
+from tokenloom.worker.linears import DenseLinear, FourBitLinear, Linear
+from tokenloom.worker.memory import DENSE_WEIGHTS
+
+_log = logging.getLogger(__name__)
+
+_BLOCK_SIZE = 64
+_TUNED = Path(__file__).parent / "tuned"
+_TABLE_BYTES = 32 * 1024
+_PROGRAM_BYTES = 1024
+"""Of shared memory that each program takes beside what it asks for"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """Warps with their own lines' inputs; the names are those of the kernel."""
+
+    name: ClassVar = "multiply_few"
+
+    rows: int
+    """At most"""
+    warps: int
+    depth: int
+    programs: int
+    """On a multiprocessor"""
+
+    @property
+    def instance(self) -> str:
+        """What is compiled."""
+        return f"FEW({self.rows}, {self.warps}, {self.depth}, {self.programs})"
+
+    def shared_bytes(self, num_inputs: int) -> int:
+        """Returns a program's: table, sums of 8 tiles for each warp, rows."""
+        staged = math.ceil(num_inputs / 256) * 512
+        return _TABLE_BYTES + 8 * self.warps * 256 + self.rows * staged
+
+    def grid(self, num_lines: int, num_inputs: int, num_processors: int) -> cuda.Grid:
+        """Returns a program for each place on the device, and each warp 256 inputs at least."""
+        return cuda.Grid(
+            programs=(min(self.programs * num_processors, math.ceil(num_lines / 16)), 1, 1),
+            num_threads=32 * min(self.warps, math.ceil(num_inputs / 256)),
+            shared_bytes=self.shared_bytes(num_inputs),
+            overlapped=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wide:
+    """Tiles of lines, whose inputs a cluster shares; the names are those of the kernel."""
+
+    name: ClassVar = "multiply_wide"
+
+    rows: int
+    """Of a program; more rows take more programs"""
+    groups: int
+    step: int
+    stages: int
+    programs: int
+    """On a multiprocessor"""
+    splits: tuple[tuple[int, int, int], ...]
+    """(from, to, programs that share a tile) by numbers of tiles"""
+    inputs: int = 0
+    """At least"""
+
+    @property
+    def instance(self) -> str:
+        """What is compiled."""
+        numbers = (self.rows, self.groups, self.step, self.stages, self.programs)
+        return f"WIDE({', '.join(map(str, numbers))})"
+
+    @property
+    def shared_bytes(self) -> int:
+        """A program's: table, then a ring and its barriers or, in their place, sums."""
+        num_lines = 64 * self.groups
+        stage = num_lines * (32 + 4) * self.step + self.rows * 128 * self.step + 16
+        return _TABLE_BYTES + max(self.stages * stage, self.rows * (num_lines + 4) * 4)
+
+    @property
+    def box(self) -> cuda.Box:
+        """What a copy brings of the codes."""
+        return cuda.Box(num_lines=64, line_bytes=32 * self.step)
+
+    def num_tiles(self, num_lines: int) -> int:
+        """Returns how many tiles there are, with gate and up together or apart."""
+        return math.ceil(num_lines / (64 * self.groups))
+
+    def num_splits(self, num_lines: int) -> int | None:
+        """Returns how many programs share a tile; None: it is not for so many tiles."""
+        num_tiles = self.num_tiles(num_lines)
+        return next((by for first, last, by in self.splits if first <= num_tiles <= last), None)
+
+    def grid(self, num_rows: int, num_lines: int) -> cuda.Grid:
+        """Returns the programs of each tile, and of each run of rows."""
+        num_splits = self.num_splits(num_lines) or 1
+        return cuda.Grid(
+            programs=(self.num_tiles(num_lines), num_splits, math.ceil(num_rows / self.rows)),
+            num_threads=128 * self.groups + 128,
+            shared_bytes=self.shared_bytes,
+            cluster=num_splits,
+            overlapped=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What was measured on a kind of GPU, in the order in which it is preferred."""
+
+    shared_bytes: int
+    """Of a multiprocessor"""
+    few: tuple[Few, ...]
+    wide: tuple[Wide, ...] = ()
+
+
+@cache
+def tuned_for(name: str, capability: tuple[int, int]) -> Tuned:
+    """Returns the table of a GPU by its name, of its generation, or the one for all others."""
+    candidates = (name.lower().replace(" ", "-"), "nvidia-h200" if capability == (9, 0) else "")
+    paths = (_TUNED / f"{candidate}.toml" for candidate in candidates)
+    path = next((path for path in paths if path.exists()), _TUNED / "default.toml")
+    _log.info("matrices of 4 bits on %s: kernels as tuned in %s", name, path.name)
+    return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Tuned)
+
+
+def choose(tuned: Tuned, num_rows: int, num_lines: int, num_inputs: int) -> Few | Wide | None:
+    """Returns what multiplies so many rows with [num_lines, num_inputs]; None: the library."""
+    for few in tuned.few:
+        own_bytes = few.shared_bytes(num_inputs) + _PROGRAM_BYTES
+        if num_rows <= few.rows and few.programs * own_bytes <= tuned.shared_bytes:
+            return few
+    for wide in tuned.wide:
+        if num_rows <= wide.rows and num_inputs >= wide.inputs and wide.num_splits(num_lines):
+            return wide
+    return None
+
+
+def has_kernels(linear: FourBitLinear, dtype: torch.dtype) -> bool:
+    """Returns whether kernels of ours multiply rows of a type with a matrix; else its twin does."""
+    return (
+        linear.block_size == _BLOCK_SIZE
+        and linear.shape[1] % _BLOCK_SIZE == 0
+        and dtype in {torch.float16, torch.bfloat16}
+        and _has_kernels(real(linear.codes.device))
+    )
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    reason = cuda.why_not()
+    if capability < (8, 0):
+        reason = f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if reason is not None:
+        _log.warning("matrices of 4 bits are multiplied slowly, without kernels: %s", reason)
+    return reason is None
+
+
+def choose_for(num_rows: int, linear: FourBitLinear) -> Few | Wide | None:
+    """Returns what multiplies so many rows on the matrix's device; None: the library."""
+    return choose(_tuned(real(linear.codes.device)), num_rows, *linear.shape)
+
+
+@cache
+def _tuned(device: torch.device) -> Tuned:
+    capability = torch.cuda.get_device_capability(device)
+    return tuned_for(torch.cuda.get_device_name(device), capability)
+
+
+class _Arguments(ctypes.Structure):
+    """As the kernels have it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "codes", "absmax", "codebook", "bias")),
+        *((name, ctypes.c_void_p) for name in ("gain", "residual", "out")),
+        *((name, ctypes.c_int) for name in ("num_rows", "num_outputs", "num_inputs", "gated")),
+        ("eps", ctypes.c_float),
+    )
+
+
+def multiply_four_bit(
+    way: Few | Wide,
+    rows: Tensor,
+    linear: FourBitLinear,
+    out: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Multiplies [num_rows, num_inputs] rows with a matrix and returns [num_rows, num_outputs] out.
+
+    Args:
+        way: By `choose_for`.
+        rows: Of float16 or bfloat16, as norm, residual and out.
+        linear: The matrix; with `gated` [2 * num_outputs, num_inputs].
+        out: Where the result goes. It may be the residual.
+        norm: Weight [num_inputs] and eps of a norm of the rows, if they are to be normalized; for
+            `Few` alone.
+        residual: [num_rows, num_outputs] that the result is added to.
+        gated: Whether the result is silu(gate) * up of what is multiplied.
+    """
+    num_lines, num_inputs = linear.shape
+    if out is None:
+        shape = len(rows), num_lines // 2 if gated else num_lines
+        out = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+    if len(rows) == 0:
+        return out
+    gain, eps = norm or (None, 0.0)
+    arguments = _arguments(linear, out, rows=rows, gain=gain, residual=residual)
+    arguments.num_rows, arguments.num_outputs = out.shape
+    arguments.gated, arguments.eps = gated, eps
+    kernel = _kernel(way.name, way.instance, rows.dtype)
+    if isinstance(way, Few):
+        grid = way.grid(num_lines, num_inputs, _num_processors(rows.device))
+        cuda.launch(kernel, grid, rows.device, [arguments])
+    else:
+        assert norm is None
+        codes = cuda.tensor_map(linear.codes, way.box)
+        grid = way.grid(len(rows), num_lines)
+        cuda.launch(kernel, grid, rows.device, [arguments, codes])
+    return out
+
+
+def for_rows(num_rows: int, linear: Linear, dtype: torch.dtype) -> Linear:
+    """Returns the matrix as so many rows of a type are best multiplied with it.
+
+    Dense, where no kernel of ours is for so many rows and it is small enough to be made so at
+    once. Its memory goes back to torch, which then has it for the matrices that follow.
+    """
+    if (
+        isinstance(linear, FourBitLinear)
+        and math.prod(linear.shape) <= DENSE_WEIGHTS
+        and has_kernels(linear, dtype)
+        and choose_for(num_rows, linear) is None
+    ):
+        return DenseLinear(weight=make_dense(linear, dtype), bias=linear.bias)
+    return linear
+
+
+def multiply_in_parts(rows: Tensor, linear: FourBitLinear, out: Tensor | None = None) -> Tensor:
+    """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs].
+
+    As many outputs as make DENSE_WEIGHTS are made dense at a time, and the library multiplies.
+    """
+    num_outputs, num_inputs = linear.shape
+    at_once = DENSE_WEIGHTS // num_inputs
+    if out is None:
+        out = torch.empty((len(rows), num_outputs), dtype=rows.dtype, device=rows.device)
+    for first in range(0, num_outputs, at_once):
+        part = linear.rows(first, min(first + at_once, num_outputs))
+        weight = make_dense(part, rows.dtype)
+        torch.mm(rows, weight.T, out=out[:, first : first + at_once])
+    return out if linear.bias is None else out.add_(linear.bias)
+
+
+def make_dense(linear: FourBitLinear, dtype: torch.dtype) -> Tensor:
+    """Returns [num_outputs, num_inputs] values: each product in float32, then rounded."""
+    device = linear.codes.device
+    out = torch.empty(linear.shape, dtype=dtype, device=device)
+    arguments = _arguments(linear, out)
+    arguments.num_outputs, arguments.num_inputs = linear.shape
+    kernel = _kernel("make_dense", "DENSE", dtype)
+    # A thread takes 4 words of 8 weights at a time.
+    num_programs = min(4 * _num_processors(device), math.ceil(out.numel() / (8 * 4 * 256)))
+    grid = cuda.Grid(programs=(num_programs, 1, 1), num_threads=256, shared_bytes=16 * 128)
+    cuda.launch(kernel, grid, device, [arguments])
+    return out
+
+
+def _kernel(name: str, instance: str, dtype: torch.dtype) -> cuda.CudaKernel:
+    return cuda.CudaKernel(source="four_bit.cu", name=name, instance=instance, dtype=dtype)
+
+
+def _arguments(linear: FourBitLinear, out: Tensor, **others: Tensor | None) -> _Arguments:
+    tensors = {
+        "codes": linear.codes,
+        "absmax": linear.absmax,
+        "codebook": linear.codebook,
+        "bias": linear.bias,
+        "out": out,
+        **others,
+    }
+    pointers = {name: each.data_ptr() for name, each in tensors.items() if each is not None}
+    return _Arguments(num_inputs=linear.shape[1], **pointers)
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(real(device)).multi_processor_count
