@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import msgspec
-from functools import partial
-
 import pytest
 import torch
 

@@ -275,8 +275,8 @@ def multiply_in_parts(rows: Tensor, linear: FourBitLinear, out: Tensor | None = 
         out = torch.empty((len(rows), num_outputs), dtype=rows.dtype, device=rows.device)
     for first in range(0, num_outputs, at_once):
         part = linear.rows(first, min(first + at_once, num_outputs))
-        weight = make_dense(part, rows.dtype)
-        torch.mm(rows, weight.T, out=out[:, first : first + at_once])
+        product = out[:, first : first + at_once]
+        torch.mm(rows, make_dense(part, rows.dtype).T, out=product)  # no name: one at a time
     return out if linear.bias is None else out.add_(linear.bias)
 
 
