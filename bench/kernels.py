@@ -31,8 +31,14 @@ from tokenloom.worker.fp8 import CODE_DTYPE, to_codes
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear, Linear, codebook
 from tokenloom.worker.options import ATTENTION_NAMES
+from tokenloom.worker.weights.linears import (
+    DenseLinear,
+    EightBitLinear,
+    FourBitLinear,
+    Linear,
+    codebook,
+)
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16

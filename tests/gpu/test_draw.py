@@ -16,7 +16,7 @@ from tokenloom.wire.messages import SamplingParams
 from tokenloom.worker.drawing import Drawn, DrawTable, choose_drawing
 from tokenloom.worker.drawing.fused import FusedDrawing
 from tokenloom.worker.drawing.twin import TorchDrawing
-from tokenloom.worker.sampling import Sampler
+from tokenloom.worker.steps.sampling import Sampler
 
 DEVICE = torch.device("cuda")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -12,7 +12,7 @@ from tests.worker import kernel_cases
 from tests.worker.eight_bit_cases import EightBitTwin, assert_multiplies_like_its_twin, exact
 from tokenloom.worker.kernels import Residual, eight_bit
 from tokenloom.worker.kernels.fused import FusedOperations
-from tokenloom.worker.linears import EightBitLinear
+from tokenloom.worker.weights.linears import EightBitLinear
 
 BF16, FP16 = torch.bfloat16, torch.float16
 EPS = kernel_cases.EPS

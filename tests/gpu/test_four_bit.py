@@ -24,9 +24,9 @@ from tokenloom.worker.kernels.four_bit import (
     multiply_in_parts,
 )
 from tokenloom.worker.kernels.fused import FusedOperations
-from tokenloom.worker.linears import FourBitLinear
 from tokenloom.worker.memory import DENSE_WEIGHTS
-from tokenloom.worker.rounding import load_bitsandbytes
+from tokenloom.worker.weights.linears import FourBitLinear
+from tokenloom.worker.weights.rounding import load_bitsandbytes
 
 BF16, FP16 = torch.bfloat16, torch.float16
 NUM_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 512)

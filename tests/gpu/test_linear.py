@@ -13,7 +13,7 @@ from tokenloom.worker.attention import Pages
 from tokenloom.worker.kernels import Residual
 from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.streamed import choose_tiling
-from tokenloom.worker.linears import DenseLinear, Linear
+from tokenloom.worker.weights.linears import DenseLinear, Linear
 
 BF16 = torch.bfloat16
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 8, 128

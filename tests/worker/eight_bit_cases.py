@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.worker.kernel_cases import ULP, LinearCase
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.linears import EightBitLinear, Linear
+from tokenloom.worker.weights.linears import EightBitLinear, Linear
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from tests.worker import kernel_cases
 from tests.worker.kernel_cases import EPS, LinearCase
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.linears import DenseLinear, FourBitLinear, Linear, codebook
+from tokenloom.worker.weights.linears import DenseLinear, FourBitLinear, Linear, codebook
 
 FLOAT32 = torch.float32
 

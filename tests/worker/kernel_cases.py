@@ -14,7 +14,7 @@ from tokenloom.worker.attention import Attention, Pages, Scales
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.linears import DenseLinear, EightBitLinear, Linear
+from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear, Linear
 
 EPS = 1e-6
 ATTENTION_ERROR = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 5e-6}

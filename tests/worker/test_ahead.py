@@ -17,17 +17,17 @@ from tests.worker.driver import Driver, configuration, int32
 from tests.worker.random_load import MAX_STEP_TOKENS, NUM_SLOTS, RandomLoad
 from tokenloom.wire.messages import Ready, Step, StepDone
 from tokenloom.worker.attention.reference import ReferenceAttention
-from tokenloom.worker.computing import Rows, compute
-from tokenloom.worker.graphs import StepGraphs
 from tokenloom.worker.loading import LoadedModel
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
-from tokenloom.worker.shapes import Computed, FixedSteps
-from tokenloom.worker.slots import Limits, Slots
+from tokenloom.worker.steps.computing import Rows, compute
+from tokenloom.worker.steps.graphs import StepGraphs
+from tokenloom.worker.steps.shapes import Computed, FixedSteps
+from tokenloom.worker.steps.slots import Limits, Slots
 
 if TYPE_CHECKING:
-    from tokenloom.worker.ahead import Launch
     from tokenloom.worker.attention import Attention
+    from tokenloom.worker.steps.ahead import Launch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
@@ -49,7 +49,7 @@ def _no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded() -> AbstractContextManager[dict[Launch, None]]:
     from triton.backends.compiler import GPUTarget
 
-    from tokenloom.worker.ahead import recorded_launches
+    from tokenloom.worker.steps.ahead import recorded_launches
 
     return recorded_launches(GPUTarget("cuda", 90, 32))
 
@@ -122,7 +122,7 @@ def answering(loaded: LoadedModel, limits: Limits, *, fixed: bool) -> Callable[[
 def test_steps_launch_nothing_that_was_not_compiled_ahead(
     tmp_path: Path, name: str, kv_cache: str, *, fixed: bool
 ) -> None:
-    from tokenloom.worker.ahead import launch_all
+    from tokenloom.worker.steps.ahead import launch_all
 
     with torch.inference_mode():
         loaded, limits, ready = on_a_gpu(tmp_path, name, kv_cache)
@@ -145,7 +145,7 @@ def test_a_layer_of_each_window_is_launched(tmp_path: Path) -> None:
 
 
 def test_what_attention_in_torch_launches_is_found_too(tmp_path: Path) -> None:
-    from tokenloom.worker.ahead import launch_all
+    from tokenloom.worker.steps.ahead import launch_all
 
     with torch.inference_mode():
         loaded, limits, _ = on_a_gpu(tmp_path, "llama", "auto")

@@ -9,11 +9,11 @@ import torch
 
 from tests.worker.driver import Driver
 from tokenloom.wire.messages import Ready, Step, StepDone
-from tokenloom.worker.batch import Batch, StepShape
 from tokenloom.worker.drawing import Drawn
 from tokenloom.worker.kernels import FAULTY
 from tokenloom.worker.kernels.twin import TorchOperations
-from tokenloom.worker.slots import Limits, Slots
+from tokenloom.worker.steps.batch import Batch, StepShape
+from tokenloom.worker.steps.slots import Limits, Slots
 
 LIMITS = Limits(
     num_slots=6,

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenloom.worker import copying
-from tokenloom.worker.checkpoint import read_tensors
-from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import CheckpointError
-from tokenloom.worker.filling import Filling, match
-from tokenloom.worker.stored import stored_tensors
+from tokenloom.worker.weights import copying
+from tokenloom.worker.weights.checkpoint import read_tensors
+from tokenloom.worker.weights.copying import Copying
+from tokenloom.worker.weights.filling import Filling, match
+from tokenloom.worker.weights.stored import stored_tensors
 
 CPU = torch.device("cpu")
 SHAPES = {"one": (1,), "even": (16, 8), "odd": (7, 13), "nothing": (0, 4), "scalar": ()}

@@ -12,8 +12,8 @@ import torch
 
 from tests.worker import eight_bit_cases, kernel_cases
 from tokenloom.worker.kernels import Residual
-from tokenloom.worker.linears import EightBitLinear
-from tokenloom.worker.weights import outline
+from tokenloom.worker.weights.linears import EightBitLinear
+from tokenloom.worker.weights.merged import outline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,8 +86,8 @@ def test_steps_of_all_sizes_share_a_few_compiled_kernels(monkeypatch: pytest.Mon
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from tokenloom.worker.ahead import recorded_launches
     from tokenloom.worker.kernels.fused import FusedOperations
+    from tokenloom.worker.steps.ahead import recorded_launches
 
     monkeypatch.setattr(driver, "_active", object())  # There may be no GPU to ask for.
     matrix = outline(linear(0))

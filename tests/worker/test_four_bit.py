@@ -12,8 +12,8 @@ import torch
 
 from tests.worker.four_bit_cases import four_bit_linear
 from tokenloom.worker.errors import CudaError
-from tokenloom.worker.linears import FourBitLinear
-from tokenloom.worker.weights import outline
+from tokenloom.worker.weights.linears import FourBitLinear
+from tokenloom.worker.weights.merged import outline
 
 pytest.importorskip("triton")
 

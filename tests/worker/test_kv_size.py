@@ -16,7 +16,7 @@ from tokenloom.worker.kv import pool_bytes
 from tokenloom.worker.memory import DENSE_WEIGHTS, scratch_bytes
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
-from tokenloom.worker.warmup import warm_up_steps
+from tokenloom.worker.steps.warmup import warm_up_steps
 
 CONFIG = ModelConfig.parse(
     {

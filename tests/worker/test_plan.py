@@ -12,7 +12,6 @@ import torch
 from tests.worker.checkpoints import CONFIGS, make_checkpoint
 from tests.worker.driver import configuration
 from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.formats import EightBits, FourBits
 from tokenloom.worker.gpus import GPUS, Gpu, find_gpu
 from tokenloom.worker.kv import pool_bytes
 from tokenloom.worker.memory import rotary_bytes
@@ -30,6 +29,7 @@ from tokenloom.worker.plan.reading import read_checkpoint
 from tokenloom.worker.plan.sizes import all_dense
 from tokenloom.worker.rotary import rotary_table
 from tokenloom.worker.runner import ModelRunner
+from tokenloom.worker.weights.formats import EightBits, FourBits
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket"
 GIB = 1024**3

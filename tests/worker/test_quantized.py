@@ -24,24 +24,24 @@ from tests.worker.checkpoints import (
 )
 from tests.worker.driver import Driver, configuration
 from tokenloom.wire.messages import Configure, Ready
-from tokenloom.worker import copying
-from tokenloom.worker.checkpoint import interpret, read_config, read_tensors
 from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import CheckpointError, LoadError, UnsupportedModelError
-from tokenloom.worker.filling import Filling, match
-from tokenloom.worker.formats import CODEBOOKS, stored_format_name
-from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear, Linear
-from tokenloom.worker.matrices import matrices
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.plan.sizes import WeightBytes, weight_bytes
-from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.runner import ModelRunner
-from tokenloom.worker.weights import (
+from tokenloom.worker.weights import copying
+from tokenloom.worker.weights.checkpoint import interpret, read_config, read_tensors
+from tokenloom.worker.weights.copying import Copying
+from tokenloom.worker.weights.filling import Filling, match
+from tokenloom.worker.weights.formats import CODEBOOKS, stored_format_name
+from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear, FourBitLinear, Linear
+from tokenloom.worker.weights.matrices import matrices
+from tokenloom.worker.weights.merged import (
     Weights,
     allocate_weights,
     destinations,
 )
+from tokenloom.worker.weights.precision import choose_formats
 
 CPU = torch.device("cpu")
 PROMPT = [5, 3, 80, 41, 7]
@@ -481,7 +481,7 @@ def test_without_bitsandbytes_only_what_is_to_be_quantized_is_refused(
 ) -> None:
     make_checkpoint(tmp_path / "dense", "llama")
     quantize_checkpoint(tmp_path / "dense", tmp_path / "out", "nf4")
-    monkeypatch.setattr("tokenloom.worker.rounding.find_spec", lambda _: None)
+    monkeypatch.setattr("tokenloom.worker.weights.rounding.find_spec", lambda _: None)
     assert len(complete(configuration(str(tmp_path / "out")))) == 12
     with pytest.raises(LoadError, match="bitsandbytes is not installed"):
         load(configuration(str(tmp_path / "dense"), quantize="nf4"))

@@ -12,11 +12,11 @@ from scipy import stats
 
 from tests.worker.driver import sampling
 from tokenloom.wire.messages import SamplingParams
-from tokenloom.worker.batch import SampleRows
 from tokenloom.worker.drawing.twin import exponential
 from tokenloom.worker.errors import ProtocolError
-from tokenloom.worker.sampling import Sampled, Sampler
-from tokenloom.worker.slots import Admitted
+from tokenloom.worker.steps.batch import SampleRows
+from tokenloom.worker.steps.sampling import Sampled, Sampler
+from tokenloom.worker.steps.slots import Admitted
 
 VOCAB_SIZE = 20
 NUM_DRAWS = 20_000

@@ -18,12 +18,12 @@ from tests.worker.driver import Driver, configuration, ints
 from tests.worker.random_load import MAX_STEP_TOKENS, NUM_SLOTS, RandomLoad
 from tests.worker.test_parity import clear_prompt
 from tokenloom.wire.messages import Step, StepDone
-from tokenloom.worker.batch import StepShape
-from tokenloom.worker.graphs import StepGraphs
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
-from tokenloom.worker.shapes import Computed, FixedSteps, ladder, mixed_ladder
-from tokenloom.worker.slots import Changes
+from tokenloom.worker.steps.batch import StepShape
+from tokenloom.worker.steps.graphs import StepGraphs
+from tokenloom.worker.steps.shapes import Computed, FixedSteps, ladder, mixed_ladder
+from tokenloom.worker.steps.slots import Changes
 
 
 class Uncaptured(StepGraphs):

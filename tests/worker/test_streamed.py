@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenloom.worker.linears import DenseLinear
+from tokenloom.worker.weights.linears import DenseLinear
 
 streamed = pytest.importorskip("tokenloom.worker.kernels.streamed")  # needs Triton
 choose_cut = pytest.importorskip("tokenloom.worker.kernels.linear").choose_cut
@@ -72,7 +72,7 @@ def test_kernels_compile_for_hopper_without_one(
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from tokenloom.worker import ahead
+    from tokenloom.worker.steps import ahead
 
     monkeypatch.setattr(driver, "_active", object())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tokenloom.worker.timing import IDLE_S, PAUSE_REPORT_S, REPORT_S, StepClock
+from tokenloom.worker.steps.timing import IDLE_S, PAUSE_REPORT_S, REPORT_S, StepClock
 
 if TYPE_CHECKING:
     import torch

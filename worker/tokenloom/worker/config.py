@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
-from tokenloom.worker.formats import stored_format_name
+from tokenloom.worker.weights.formats import stored_format_name
 
 Json: TypeAlias = Mapping[str, object]
 

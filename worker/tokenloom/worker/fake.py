@@ -37,7 +37,7 @@ from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import ProtocolError
 from tokenloom.worker.loop import serve
 from tokenloom.worker.phases import Phases
-from tokenloom.worker.slots import Changes, Int32Array, Limits, Slots
+from tokenloom.worker.steps.slots import Changes, Int32Array, Limits, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

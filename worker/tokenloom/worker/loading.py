@@ -15,22 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenloom.worker.attention import choose_attention
-from tokenloom.worker.checkpoint import (
-    interpret,
-    locate,
-    read_config,
-    read_tensors,
-)
 from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.copying import Copying
 from tokenloom.worker.errors import LoadError
-from tokenloom.worker.filling import Filling, match
-from tokenloom.worker.formats import EightBits
 from tokenloom.worker.fp8 import CODE_DTYPE
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
-from tokenloom.worker.linears import FourBitLinear
-from tokenloom.worker.matrices import matrices
 from tokenloom.worker.memory import (
     CPU_STEP_TOKENS,
     CUDA_STEP_TOKENS,
@@ -39,14 +28,25 @@ from tokenloom.worker.memory import (
     widened_bytes,
 )
 from tokenloom.worker.model import Decoder
-from tokenloom.worker.precision import choose_formats
 from tokenloom.worker.rotary import rotary_table
-from tokenloom.worker.rounding import load_bitsandbytes
-from tokenloom.worker.weights import (
+from tokenloom.worker.weights.checkpoint import (
+    interpret,
+    locate,
+    read_config,
+    read_tensors,
+)
+from tokenloom.worker.weights.copying import Copying
+from tokenloom.worker.weights.filling import Filling, match
+from tokenloom.worker.weights.formats import EightBits
+from tokenloom.worker.weights.linears import FourBitLinear
+from tokenloom.worker.weights.matrices import matrices
+from tokenloom.worker.weights.merged import (
     allocate_weights,
     destinations,
     linears,
 )
+from tokenloom.worker.weights.precision import choose_formats
+from tokenloom.worker.weights.rounding import load_bitsandbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from tokenloom.wire.messages import Configure
     from tokenloom.worker.attention import Attention
     from tokenloom.worker.options import WorkerOptions
-    from tokenloom.worker.weights import Weights
+    from tokenloom.worker.weights.merged import Weights
 
 _log = logging.getLogger(__name__)
 

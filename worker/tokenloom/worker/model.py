@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenloom.worker.kernels import Residual
-from tokenloom.worker.weights import form, outline
+from tokenloom.worker.weights.merged import form, outline
 
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Attention, Pages, Spans
     from tokenloom.worker.config import ModelConfig
     from tokenloom.worker.kernels import Operations
-    from tokenloom.worker.weights import Weights
+    from tokenloom.worker.weights.merged import Weights
 
 
 class Decoder:

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenloom.wire.messages import Configure, Ready, Step, StepDone
-from tokenloom.worker.computing import Rows, compute
 from tokenloom.worker.errors import LoadError, ProtocolError
-from tokenloom.worker.graphs import StepGraphs
 from tokenloom.worker.loading import (
     LoadedModel,
     ModelAsked,
@@ -30,11 +28,13 @@ from tokenloom.worker.loading import (
     max_model_tokens,
     max_step_tokens,
 )
-from tokenloom.worker.results import Outcome, step_done
-from tokenloom.worker.shapes import FixedSteps
-from tokenloom.worker.slots import Limits, Slots
-from tokenloom.worker.timing import StepClock
-from tokenloom.worker.warmup import warm_up_steps
+from tokenloom.worker.steps.computing import Rows, compute
+from tokenloom.worker.steps.graphs import StepGraphs
+from tokenloom.worker.steps.results import Outcome, step_done
+from tokenloom.worker.steps.shapes import FixedSteps
+from tokenloom.worker.steps.slots import Limits, Slots
+from tokenloom.worker.steps.timing import StepClock
+from tokenloom.worker.steps.warmup import warm_up_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,7 +142,7 @@ class ModelRunner:
         if self.device.type != "cuda" or find_spec("triton") is None:
             return nullcontext()
         # Triton comes with torch's CUDA builds alone: imported when it is needed.
-        from tokenloom.worker.ahead import compiled_ahead  # noqa: PLC0415
+        from tokenloom.worker.steps.ahead import compiled_ahead  # noqa: PLC0415
 
         return compiled_ahead(loaded, limits, self.device)
 

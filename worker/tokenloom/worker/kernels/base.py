@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokenloom.worker.attention import Pages
-    from tokenloom.worker.linears import Linear
+    from tokenloom.worker.weights.linears import Linear
 
 
 FAULTY = -1

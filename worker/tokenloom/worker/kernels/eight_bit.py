@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenloom.worker.kernels.linear import Cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, real, wait_for_previous
-from tokenloom.worker.linears import EightBitLinear
+from tokenloom.worker.weights.linears import EightBitLinear
 
 _MAX_TWO_BYTE_ROWS = 32
 """Whose numbers are of two bytes"""

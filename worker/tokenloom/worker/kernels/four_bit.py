@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tokenloom.worker.kernels import cuda
 from tokenloom.worker.kernels.overlap import real
-from tokenloom.worker.linears import DenseLinear, FourBitLinear, Linear
 from tokenloom.worker.memory import DENSE_WEIGHTS
+from tokenloom.worker.weights.linears import DenseLinear, FourBitLinear, Linear
 
 _log = logging.getLogger(__name__)
 

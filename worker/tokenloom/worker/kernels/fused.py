@@ -28,11 +28,11 @@ from tokenloom.worker.kernels.four_bit import (
 from tokenloom.worker.kernels.linear import choose_cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
 from tokenloom.worker.kernels.streamed import choose_tiling, multiply_streamed
-from tokenloom.worker.linears import DenseLinear, EightBitLinear, FourBitLinear
+from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear, FourBitLinear
 
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Pages
-    from tokenloom.worker.linears import Linear
+    from tokenloom.worker.weights.linears import Linear
 
 _TILE_HEADS = 8
 _TILE_COLUMNS = 1024

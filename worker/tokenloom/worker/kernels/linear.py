@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
-from tokenloom.worker.linears import DenseLinear, EightBitLinear
+from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear
 
 _LANE_BYTES = 16 * 1024
 """Of weights that a program has under way"""

@@ -42,7 +42,7 @@ from tokenloom.worker.kernels.overlap import generation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokenloom.worker.linears import DenseLinear
+    from tokenloom.worker.weights.linears import DenseLinear
 
 _HOPPER = 9
 """Alone multiplies with `wgmma`"""

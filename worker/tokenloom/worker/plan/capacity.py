@@ -15,9 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.formats import FourBits, fits
 from tokenloom.worker.gpus import GPUS, Gpu
-from tokenloom.worker.matrices import HEAD, matrices
 from tokenloom.worker.memory import (
     CUDA_BYTES,
     CUDA_STEP_TOKENS,
@@ -41,6 +39,8 @@ from tokenloom.worker.plan.sizes import (
     weight_bytes,
     why_not_split,
 )
+from tokenloom.worker.weights.formats import FourBits, fits
+from tokenloom.worker.weights.matrices import HEAD, matrices
 
 BATCHES = (1, 4, 16)
 KV_BLOCK_SIZE = 128

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from tokenloom.worker.errors import LoadError, UnsupportedModelError
-from tokenloom.worker.formats import FORMAT_NAMES, format_named
 from tokenloom.worker.gpus import GPUS, Gpu, find_gpu
 from tokenloom.worker.options import (
     WorkerOptions,
@@ -21,6 +20,7 @@ from tokenloom.worker.plan.capacity import Checkpoint, Precision, Serving, make_
 from tokenloom.worker.plan.reading import read_checkpoint
 from tokenloom.worker.plan.report import as_json, as_text
 from tokenloom.worker.plan.sizes import ITEM_BYTES, why_not_split
+from tokenloom.worker.weights.formats import FORMAT_NAMES, format_named
 
 _CONTEXT_TOKENS = 4096
 _MAX_NUM_REQUESTS = 256

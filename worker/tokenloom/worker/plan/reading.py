@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenloom.worker.checkpoint import read_config, read_tensors
 from tokenloom.worker.config import Json, ModelConfig
 from tokenloom.worker.errors import CheckpointError
-from tokenloom.worker.formats import CODEBOOKS, EightBits, Format, FourBits
-from tokenloom.worker.matrices import EMBEDDING, HEAD, Matrix, matrices
 from tokenloom.worker.plan.capacity import Checkpoint, Stored
 from tokenloom.worker.plan.sizes import Form
+from tokenloom.worker.weights.checkpoint import read_config, read_tensors
+from tokenloom.worker.weights.formats import CODEBOOKS, EightBits, Format, FourBits
+from tokenloom.worker.weights.matrices import EMBEDDING, HEAD, Matrix, matrices
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of bitsandbytes."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.formats import EightBits, Format, FourBits
-from tokenloom.worker.matrices import HEAD, Matrix, matrices
+from tokenloom.worker.weights.formats import EightBits, Format, FourBits
+from tokenloom.worker.weights.matrices import HEAD, Matrix, matrices
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SCALE_BYTES = 4

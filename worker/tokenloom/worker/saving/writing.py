@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from tokenloom.worker.checkpoint import (
+from tokenloom.worker.config import ModelConfig
+from tokenloom.worker.errors import LoadError
+from tokenloom.worker.weights.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     SINGLE_FILE,
@@ -28,19 +30,17 @@ from tokenloom.worker.checkpoint import (
     read_config,
     read_tensors,
 )
-from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.copying import TORCH_TYPES
-from tokenloom.worker.errors import LoadError
-from tokenloom.worker.matrices import matrices
-from tokenloom.worker.precision import choose_formats
-from tokenloom.worker.rounding import load_bitsandbytes, stored_form
+from tokenloom.worker.weights.copying import TORCH_TYPES
+from tokenloom.worker.weights.matrices import matrices
+from tokenloom.worker.weights.precision import choose_formats
+from tokenloom.worker.weights.rounding import load_bitsandbytes, stored_form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-    from tokenloom.worker.stored import StoredTensor
+    from tokenloom.worker.weights.stored import StoredTensor
 
 SHARD_BYTES = 5_000_000_000
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")

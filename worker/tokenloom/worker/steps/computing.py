@@ -10,20 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokenloom.worker.batch import Batch, SampleRows
-from tokenloom.worker.results import Outcome
-from tokenloom.worker.sampling import Sampler
-from tokenloom.worker.shapes import Computed
+from tokenloom.worker.steps.batch import Batch, SampleRows
+from tokenloom.worker.steps.results import Outcome
+from tokenloom.worker.steps.sampling import Sampler
+from tokenloom.worker.steps.shapes import Computed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from tokenloom.worker.graphs import StepGraphs
     from tokenloom.worker.kernels import Operations
     from tokenloom.worker.loading import LoadedModel
-    from tokenloom.worker.slots import Changes, Limits, Slots
+    from tokenloom.worker.steps.graphs import StepGraphs
+    from tokenloom.worker.steps.slots import Changes, Limits, Slots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tokenloom.worker.filling import Filling, Piece
-    from tokenloom.worker.stored import StoredTensor
+    from tokenloom.worker.weights.filling import Filling, Piece
+    from tokenloom.worker.weights.stored import StoredTensor
 
 STAGE_BYTES = 16 * 1024 * 1024
 MAX_THREADS = 8

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tokenloom.wire.messages import Step, StepDone, TokenLogprobs
 from tokenloom.worker.kernels import FAULTY
-from tokenloom.worker.sampling import Logprobs, Sampled
-from tokenloom.worker.transfer import download
+from tokenloom.worker.steps.sampling import Logprobs, Sampled
+from tokenloom.worker.steps.transfer import download
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from tokenloom.worker.attention import Spans
-from tokenloom.worker.transfer import upload
+from tokenloom.worker.steps.transfer import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tokenloom.worker.drawing import Drawn
     from tokenloom.worker.kernels import Operations
-    from tokenloom.worker.slots import Admitted, Changes, Limits
+    from tokenloom.worker.steps.slots import Admitted, Changes, Limits
 
 Int32Array = npt.NDArray[np.int32]
 

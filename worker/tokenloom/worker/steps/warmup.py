@@ -11,7 +11,7 @@ from tokenloom.wire.messages import Admit, SamplingParams, Step
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from tokenloom.worker.slots import Limits
+    from tokenloom.worker.steps.slots import Limits
 
 
 def warm_up_steps(epoch: int, limits: Limits) -> Iterator[Step]:

@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, TypeVar, assert_never
 import torch
 from torch import Tensor
 
-from tokenloom.worker.formats import EightBits, Format, FourBits, fits
-from tokenloom.worker.linears import (
+from tokenloom.worker.weights.formats import EightBits, Format, FourBits, fits
+from tokenloom.worker.weights.linears import (
     DenseLinear,
     EightBitLinear,
     FourBitLinear,
     Linear,
     codebook,
 )
-from tokenloom.worker.matrices import DOWN, EMBEDDING, GATE_UP, HEAD, OUTPUT, QKV
+from tokenloom.worker.weights.matrices import DOWN, EMBEDDING, GATE_UP, HEAD, OUTPUT, QKV
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tokenloom.worker.config import ModelConfig
-    from tokenloom.worker.filling import Place
+    from tokenloom.worker.weights.filling import Place
 
 T = TypeVar("T")
 

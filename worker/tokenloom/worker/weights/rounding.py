@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tokenloom.worker.errors import LoadError
-from tokenloom.worker.formats import EightBits, Format, FourBits
-from tokenloom.worker.linears import EightBitLinear, FourBitLinear, codebook
+from tokenloom.worker.weights.formats import EightBits, Format, FourBits
+from tokenloom.worker.weights.linears import EightBitLinear, FourBitLinear, codebook
 
 
 def load_bitsandbytes() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenloom.worker.formats import CODEBOOKS
+from tokenloom.worker.weights.formats import CODEBOOKS
 
 
 @dataclass(frozen=True, kw_only=True)

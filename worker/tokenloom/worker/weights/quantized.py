@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import msgspec
 
 from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
-from tokenloom.worker.formats import CODEBOOKS, EightBits, Format, FourBits
-from tokenloom.worker.stored import StoredTensor
+from tokenloom.worker.weights.formats import CODEBOOKS, EightBits, Format, FourBits
+from tokenloom.worker.weights.stored import StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

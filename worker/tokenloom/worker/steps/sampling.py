@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tokenloom.worker.batch import Int32Array, SampleRows
 from tokenloom.worker.drawing import Drawn, DrawTable, choose_drawing
 from tokenloom.worker.errors import ProtocolError
-from tokenloom.worker.transfer import upload
+from tokenloom.worker.steps.batch import Int32Array, SampleRows
+from tokenloom.worker.steps.transfer import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokenloom.wire.messages import SamplingParams
-    from tokenloom.worker.slots import Admitted
+    from tokenloom.worker.steps.slots import Admitted
 
 _NEVER = np.iinfo(np.int32).max
 

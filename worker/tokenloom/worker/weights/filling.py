@@ -23,18 +23,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenloom.worker.errors import CheckpointError
-from tokenloom.worker.formats import Format
-from tokenloom.worker.linears import (
+from tokenloom.worker.weights.formats import Format
+from tokenloom.worker.weights.linears import (
     DenseLinear,
     EightBitLinear,
     FourBitLinear,
     Linear,
     codebook,
 )
-from tokenloom.worker.matrices import HEAD
-from tokenloom.worker.quantized import Stored, StoredEightBit, StoredFourBit
-from tokenloom.worker.rounding import quantized
-from tokenloom.worker.stored import StoredTensor
+from tokenloom.worker.weights.matrices import HEAD
+from tokenloom.worker.weights.quantized import Stored, StoredEightBit, StoredFourBit
+from tokenloom.worker.weights.rounding import quantized
+from tokenloom.worker.weights.stored import StoredTensor
 
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 _WIDENED = 16

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenloom.worker.errors import CheckpointError
-from tokenloom.worker.matrices import EMBEDDING, HEAD
-from tokenloom.worker.quantized import Stored, gathered
-from tokenloom.worker.stored import StoredTensor, stored_tensors
+from tokenloom.worker.weights.matrices import EMBEDDING, HEAD
+from tokenloom.worker.weights.quantized import Stored, gathered
+from tokenloom.worker.weights.stored import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -23,11 +23,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from tokenloom.worker.computing import Rows, compute
 from tokenloom.worker.kernels.cuda import CudaKernel, load, recorded_kernels
-from tokenloom.worker.shapes import FixedSteps
-from tokenloom.worker.slots import Slots
-from tokenloom.worker.warmup import warm_up_steps
+from tokenloom.worker.steps.computing import Rows, compute
+from tokenloom.worker.steps.shapes import FixedSteps
+from tokenloom.worker.steps.slots import Slots
+from tokenloom.worker.steps.warmup import warm_up_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction, JitFunctionInfo
 
     from tokenloom.worker.loading import LoadedModel
-    from tokenloom.worker.slots import Limits
+    from tokenloom.worker.steps.slots import Limits
 
 
 _log = logging.getLogger(__name__)

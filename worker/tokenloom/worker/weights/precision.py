@@ -6,14 +6,14 @@ import logging
 from typing import TYPE_CHECKING
 
 from tokenloom.worker.errors import CheckpointError, LoadError
-from tokenloom.worker.formats import Format, fits, format_named
-from tokenloom.worker.matrices import HEAD, Matrix
-from tokenloom.worker.quantized import stored_format
+from tokenloom.worker.weights.formats import Format, fits, format_named
+from tokenloom.worker.weights.matrices import HEAD, Matrix
+from tokenloom.worker.weights.quantized import stored_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tokenloom.worker.quantized import Stored
+    from tokenloom.worker.weights.quantized import Stored
 
 _log = logging.getLogger(__name__)
 

@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tokenloom.worker.batch import StepShape
-from tokenloom.worker.slots import Changes
-from tokenloom.worker.transfer import packed_size, staged, upload
+from tokenloom.worker.steps.batch import StepShape
+from tokenloom.worker.steps.slots import Changes
+from tokenloom.worker.steps.transfer import packed_size, staged, upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from tokenloom.worker.batch import Batch, Int32Array
     from tokenloom.worker.loading import LoadedModel
     from tokenloom.worker.model import Decoder
-    from tokenloom.worker.sampling import Sampler
-    from tokenloom.worker.slots import Limits
+    from tokenloom.worker.steps.batch import Batch, Int32Array
+    from tokenloom.worker.steps.sampling import Sampler
+    from tokenloom.worker.steps.slots import Limits
 
 NUM_OTHERS = 16
 """Spans that a mixed step may have behind its decodes."""

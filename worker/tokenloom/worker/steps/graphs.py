@@ -19,9 +19,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tokenloom.worker.batch import StepShape
-    from tokenloom.worker.shapes import Computed, FixedSteps
-    from tokenloom.worker.slots import Changes
+    from tokenloom.worker.steps.batch import StepShape
+    from tokenloom.worker.steps.shapes import Computed, FixedSteps
+    from tokenloom.worker.steps.slots import Changes
 
 
 class StepGraphs:

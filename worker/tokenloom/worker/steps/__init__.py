@@ -1,0 +1,1 @@
+"""Steps: from the core's message to sampled tokens, in fixed shapes where they are captured."""

@@ -1,0 +1,1 @@
+"""Weights from a checkpoint's files to memory, in the form in which they are kept."""
