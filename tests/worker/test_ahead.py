@@ -152,3 +152,29 @@ def test_what_attention_in_torch_launches_is_found_too(tmp_path: Path) -> None:
         with recorded() as launches:
             launch_all(replace(loaded, attention=ReferenceAttention()), limits)
     assert any("place_heads" in each.kernel.fn.__name__ for each in launches)
+
+
+@pytest.mark.parametrize("kv_cache", ["auto", "fp8"])
+def test_all_that_steps_launch_compiles_for_hopper_without_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kv_cache: str
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from tokenloom.worker.steps import ahead
+
+    class Apart(ahead._NoDevice):
+        """Another device's kernels, so that those of other tests' stay uncompiled."""
+
+        def get_current_device(self) -> str:
+            return f"apart, {kv_cache}"
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    with torch.inference_mode():
+        loaded, limits, _ = on_a_gpu(tmp_path, "qwen3", kv_cache)
+        with recorded() as launches:
+            ahead.launch_all(loaded, limits)
+    driver.set_active(Apart(GPUTarget("cuda", 90, 32)))
+    compiled = [each.kernel.preload(each.specialization) for each in launches]
+    assert len(compiled) > 20
+    assert max(each.metadata.shared for each in compiled) <= 113 * 1024  # two on a multiprocessor
