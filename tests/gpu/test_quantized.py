@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tokenloom.worker.loading import LoadedModel, load_model
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.saving.writing import QuantizeOptions, save_quantized
+from tokenloom.worker.weights.formats import EightBits, FourBits
+from tokenloom.worker.weights.rounding import load_bitsandbytes, quantized
 
 CUDA = torch.device("cuda", 0)
 KV_BYTES = 32 * 1024 * 1024
@@ -38,6 +41,24 @@ def test_codes_are_those_of_bitsandbytes_on_cuda(tmp_path: Path, quantize: str) 
     parts = torch.cat([tensors[f"{name}.weight"] for name in QKV]).to(CUDA, torch.bfloat16)
     layers = load(tmp_path, quantize).decoder._weights.layers
     assert_same(layers[1].qkv, whole(parts, quantize))
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
+def test_quantizing_waits_for_what_its_stream_still_writes(quantize: str) -> None:
+    load_bitsandbytes()
+    formats = {"nf4": FourBits(codebook="nf4"), "fp4": FourBits(codebook="fp4")}
+    wanted = formats.get(quantize, EightBits())
+    values = torch.randn(512, 1024, dtype=torch.bfloat16, device=CUDA)
+    expected = quantized(values, wanted)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        late = torch.zeros_like(values)
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        late.copy_(values)
+        found = quantized(late, wanted)
+        copied = replace(found, codes=found.codes.clone())
+        torch.cuda.current_stream().synchronize()
+    assert_same(copied, expected)
 
 
 def test_nested_scales_are_made_float32_as_on_a_cpu(tmp_path: Path) -> None:

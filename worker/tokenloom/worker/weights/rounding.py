@@ -6,6 +6,8 @@ It is imported when something is to be quantized: a checkpoint that is quantized
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import assert_never
 
@@ -37,6 +39,22 @@ def load_bitsandbytes() -> None:
         torch.compile = compile_function
 
 
+@contextmanager
+def _in_order_with_default_stream(device: torch.device) -> Iterator[None]:
+    """Puts what is launched within it between what the current stream was given and is given next.
+
+    bitsandbytes quantizes blocks on the default stream, whichever is current
+    (bitsandbytes-foundation/bitsandbytes#2052).
+    """
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)
+
+
 def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
     """Returns [num_outputs, num_inputs] values of 16 or 32 bits, quantized where they are.
 
@@ -45,9 +63,10 @@ def quantized(values: Tensor, wanted: Format) -> FourBitLinear | EightBitLinear:
     num_outputs, num_inputs = values.shape
     match wanted:
         case FourBits():
-            codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
-                values, wanted.block_size, wanted.codebook, torch.uint8
-            )
+            with _in_order_with_default_stream(values.device):
+                codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+                    values, wanted.block_size, wanted.codebook, torch.uint8
+                )
             return FourBitLinear(
                 codes=codes.view(num_outputs, num_inputs // 2),
                 absmax=absmax.view(num_outputs, num_inputs // wanted.block_size),
@@ -78,12 +97,13 @@ def stored_form(name: str, values: Tensor, wanted: Format, *, nested: bool) -> d
             # Not before `load_bitsandbytes`.
             from bitsandbytes.functional import quantize_4bit  # noqa: PLC0415
 
-            codes, state = quantize_4bit(
-                values,
-                blocksize=wanted.block_size,
-                quant_type=wanted.codebook,
-                compress_statistics=nested,
-            )
+            with _in_order_with_default_stream(values.device):
+                codes, state = quantize_4bit(
+                    values,
+                    blocksize=wanted.block_size,
+                    quant_type=wanted.codebook,
+                    compress_statistics=nested,
+                )
             companions = state.as_dict(packed=True)
             return {name: codes} | {f"{name}.{key}": each for key, each in companions.items()}
         case EightBits():
