@@ -77,7 +77,8 @@ def test_matrices_of_models_are_multiplied_as_by_the_twin(
         twin = EightBitTwin(quantizes=num_rows > 32)
         expected = apply(twin, operation, some, gain, linear)
         wrong = (mine.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
-        rounding = kernel_cases.ULP[dtype] / 2
+        # Silu(gate) * up is rounded four times, not once.
+        rounding = kernel_cases.ULP[dtype] / (1 if operation == "norm_gate_up" else 2)
         # A number between two codes may become either, and the largest may be rounded to another:
         # few rows are then off by as much as they lose by being quantized.
         assert float(wrong.max()) < rounding + (3e-2 if num_rows > 32 else 0), num_rows
