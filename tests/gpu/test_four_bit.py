@@ -15,6 +15,7 @@ from tests.worker.four_bit_cases import (
     four_bit_case,
     four_bit_linear,
 )
+from tokenloom.worker.errors import CudaError
 from tokenloom.worker.kernels import Residual, four_bit
 from tokenloom.worker.kernels.four_bit import (
     Few,
@@ -29,7 +30,7 @@ from tokenloom.worker.weights.linears import FourBitLinear
 from tokenloom.worker.weights.rounding import load_bitsandbytes
 
 BF16, FP16 = torch.bfloat16, torch.float16
-NUM_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 512)
+NUM_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 130, 256, 512)
 MODELS = {
     # hidden size, intermediate size, outputs of qkv, heads times their size
     "llama-3-8b": (4096, 14336, 6144, 4096),
@@ -98,7 +99,7 @@ def test_the_error_is_no_larger_than_that_of_bitsandbytes(
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("num_rows", [1, 2, 4, 7, 16, 20, 64, 90])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 7, 16, 20, 64, 90, 200])
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs"),
     # Multiples of 64 inputs, odd ones among them; the operations need such outputs, too.
@@ -116,7 +117,7 @@ def test_norm_activation_residual_and_bias_are_as_exact_as_the_twins(
     assert_as_exact_as_its_twin(FusedOperations(), case)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 6, 30, 64])
+@pytest.mark.parametrize("num_rows", [1, 2, 6, 30, 64, 150])
 @pytest.mark.parametrize("num_outputs", [1, 7, 33, 130, 999])
 def test_any_number_of_outputs(num_rows: int, num_outputs: int) -> None:
     linear = four_bit_linear(num_outputs, 704, bias=True)
@@ -126,7 +127,7 @@ def test_any_number_of_outputs(num_rows: int, num_outputs: int) -> None:
     assert error(multiply(rows, linear), right) < kernel_cases.ULP[BF16] / 2
 
 
-@pytest.mark.parametrize("num_rows", [2, 4, 8, 16, 32, 64, 100])
+@pytest.mark.parametrize("num_rows", [2, 4, 8, 16, 32, 64, 100, 200])
 def test_a_row_does_not_depend_on_the_others(num_rows: int) -> None:
     case = four_bit_case(num_rows, 3072, 1024, bias=True, dtype=BF16)
     first = case.apply(FusedOperations())
@@ -136,7 +137,7 @@ def test_a_row_does_not_depend_on_the_others(num_rows: int) -> None:
         assert not torch.equal(one[1], other[1])
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 8, 24, 64, 100])
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 24, 64, 100, 200])
 @pytest.mark.parametrize(
     ("hidden_size", "intermediate_size"), [(1024, 3072), (2048, 6144), (3072, 8192)]
 )
@@ -150,16 +151,25 @@ def test_kernels_that_overlap_give_what_they_give_one_by_one(
 
 def test_every_way_of_the_table_multiplies_rows_of_several_programs() -> None:
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    ways = four_bit.tuned_for(name, capability).wide
+    tuned = four_bit.tuned_for(name, capability)
     linear = four_bit_linear(2048, 4096)
-    rows = torch.randn(100, 4096, device="cuda").to(BF16)
+    rows = torch.randn(300, 4096, device="cuda").to(BF16)
     right = (rows.float() @ linear.dense(torch.float32).T).double()
-    for way in ways:
-        for by in {by for *_, by in way.splits}:
-            split = replace(way, splits=((1, 100_000, by),))
-            out = torch.full((100, 2048), float("nan"), dtype=BF16, device="cuda")
+    for way in tuned.wide:
+        for num_splits in (1, *dict(tuned.clusters)):
+            split = replace(way, splits=num_splits)
+            out = torch.full((300, 2048), float("nan"), dtype=BF16, device="cuda")
             product = multiply_four_bit(split, rows, linear, out)
             assert error(product, right) < 2.2e-3, split
+
+
+def test_rows_that_are_not_aligned_are_refused() -> None:
+    linear = four_bit_linear(128, 64)
+    rows = torch.randn(20 * 64 + 1, device="cuda").to(BF16)[1:].view(20, 64)
+    way = choose_for(20, linear)
+    if isinstance(way, Wide):
+        with pytest.raises(CudaError, match="INVALID_VALUE"):
+            multiply_four_bit(way, rows, linear)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
@@ -214,5 +224,5 @@ def test_one_row_and_some_have_kernels_of_their_own() -> None:
     linear = four_bit_linear(4096, 4096)
     assert isinstance(choose_for(1, linear), Few)
     if torch.cuda.get_device_capability() == (9, 0):
-        assert isinstance(choose_for(32, linear), Wide)
+        assert isinstance(choose_for(256, linear), Wide)
     assert choose_for(1000, linear) is None

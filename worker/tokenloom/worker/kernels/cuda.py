@@ -30,7 +30,8 @@ _log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "sources"
 _MAX_MAPS = 4096
-"""More than the matrices of a model, in each form that kernels read them in."""
+"""More than the matrices of a model, in each form that kernels read them in, and the activations of
+a step. So what the next step needs is not among those that were longest not used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Box:
-    """A tile that a kernel copies of bytes [num_lines, line_bytes], swizzled as wide as it is."""
+    """A tile that a kernel copies of a matrix, swizzled as wide as it is."""
 
     num_lines: int
     line_bytes: int
@@ -123,11 +124,15 @@ def launch(
 
 
 def tensor_map(matrix: Tensor, box: Box) -> TensorMap:
-    """Returns the map of uint8 [num_lines, num_bytes], by which kernels copy boxes of it."""
+    """Returns the map of a contiguous matrix, by which kernels copy boxes of it.
+
+    Raises:
+        CudaError: It does not begin, or its lines do not, at a multiple of 16 bytes.
+    """
     if matrix.is_meta:
         return TensorMap()
-    num_lines, num_bytes = matrix.shape
-    return _tensor_map(matrix.data_ptr(), num_lines, num_bytes, box)
+    num_lines, num_columns = matrix.shape
+    return _tensor_map(matrix.data_ptr(), num_lines, num_columns * matrix.itemsize, box)
 
 
 @cache

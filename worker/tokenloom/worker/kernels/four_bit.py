@@ -14,10 +14,10 @@ import ctypes
 import logging
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import msgspec
 import torch
@@ -31,10 +31,15 @@ from tokenloom.worker.weights.linears import DenseLinear, FourBitLinear, Linear
 _log = logging.getLogger(__name__)
 
 _BLOCK_SIZE = 64
+_TILE_LINES = 128
 _TUNED = Path(__file__).parent / "tuned"
 _TABLE_BYTES = 32 * 1024
 _PROGRAM_BYTES = 1024
 """Of shared memory that each program takes beside what it asks for"""
+
+
+Clusters: TypeAlias = tuple[tuple[int, int], ...]
+"""(programs of a cluster, clusters that stand at once if a multiprocessor has one of them)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,59 +77,66 @@ class Few:
 
 @dataclass(frozen=True, kw_only=True)
 class Wide:
-    """Tiles of lines, whose inputs a cluster shares; the names are those of the kernel."""
+    """Tiles of 128 lines, whose inputs a cluster shares; the names are those of the kernel."""
 
     name: ClassVar = "multiply_wide"
 
     rows: int
-    """Of a program; more rows take more programs"""
-    groups: int
+    """Of a program"""
+    runs: int = 1
+    """Of so many rows, each with programs of its own, at most"""
     step: int
     stages: int
     programs: int
     """On a multiprocessor"""
-    splits: tuple[tuple[int, int, int], ...]
-    """(from, to, programs that share a tile) by numbers of tiles"""
-    inputs: int = 0
-    """At least"""
+    splits: int = 1
+    """Programs that share a tile's inputs, by `choose`"""
 
     @property
     def instance(self) -> str:
         """What is compiled."""
-        numbers = (self.rows, self.groups, self.step, self.stages, self.programs)
-        return f"WIDE({', '.join(map(str, numbers))})"
+        return f"WIDE({self.rows}, {self.step}, {self.stages}, {self.programs})"
 
     @property
     def shared_bytes(self) -> int:
         """A program's: table, then a ring and its barriers or, in their place, sums."""
-        num_lines = 64 * self.groups
-        stage = num_lines * (32 + 4) * self.step + self.rows * 128 * self.step + 16
-        return _TABLE_BYTES + max(self.stages * stage, self.rows * (num_lines + 4) * 4)
+        stage = (_TILE_LINES * (32 + 4) + self.rows * 128) * self.step + 16
+        return _TABLE_BYTES + max(self.stages * stage, self.rows * (_TILE_LINES + 4) * 4)
 
     @property
-    def box(self) -> cuda.Box:
+    def codes_box(self) -> cuda.Box:
         """What a copy brings of the codes."""
         return cuda.Box(num_lines=64, line_bytes=32 * self.step)
 
-    def num_tiles(self, num_lines: int) -> int:
-        """Returns how many tiles there are, with gate and up together or apart."""
-        return math.ceil(num_lines / (64 * self.groups))
-
-    def num_splits(self, num_lines: int) -> int | None:
-        """Returns how many programs share a tile; None: it is not for so many tiles."""
-        num_tiles = self.num_tiles(num_lines)
-        return next((by for first, last, by in self.splits if first <= num_tiles <= last), None)
+    @property
+    def rows_box(self) -> cuda.Box:
+        """What a copy brings of the rows: a block of 64 inputs."""
+        return cuda.Box(num_lines=self.rows, line_bytes=128)
 
     def grid(self, num_rows: int, num_lines: int) -> cuda.Grid:
         """Returns the programs of each tile, and of each run of rows."""
-        num_splits = self.num_splits(num_lines) or 1
         return cuda.Grid(
-            programs=(self.num_tiles(num_lines), num_splits, math.ceil(num_rows / self.rows)),
-            num_threads=128 * self.groups + 128,
+            programs=(math.ceil(num_lines / _TILE_LINES), self.splits, self.num_runs(num_rows)),
+            num_threads=384,
             shared_bytes=self.shared_bytes,
-            cluster=num_splits,
+            cluster=self.splits,
             overlapped=True,
         )
+
+    def num_runs(self, num_rows: int) -> int:
+        """Returns how many runs so many rows are."""
+        return math.ceil(num_rows / self.rows)
+
+    def split(self, clusters: Clusters, num_rows: int, num_lines: int, num_inputs: int) -> Wide:
+        """Returns it with as many splits as stand on the device at once and have two steps each."""
+        num_tiles = math.ceil(num_lines / _TILE_LINES) * self.num_runs(num_rows)
+        most = num_inputs // (2 * _BLOCK_SIZE * self.step)
+        sizes = (
+            size
+            for size, at_once in clusters
+            if size <= most and num_tiles <= self.programs * at_once
+        )
+        return replace(self, splits=next(sizes, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +147,7 @@ class Tuned:
     """Of a multiprocessor"""
     few: tuple[Few, ...]
     wide: tuple[Wide, ...] = ()
+    clusters: Clusters = ()
 
 
 @cache
@@ -154,8 +167,8 @@ def choose(tuned: Tuned, num_rows: int, num_lines: int, num_inputs: int) -> Few 
         if num_rows <= few.rows and few.programs * own_bytes <= tuned.shared_bytes:
             return few
     for wide in tuned.wide:
-        if num_rows <= wide.rows and num_inputs >= wide.inputs and wide.num_splits(num_lines):
-            return wide
+        if num_rows <= wide.runs * wide.rows:
+            return wide.split(tuned.clusters, num_rows, num_lines, num_inputs)
     return None
 
 
@@ -218,7 +231,8 @@ def multiply_four_bit(
 
     Args:
         way: By `choose_for`.
-        rows: Of float16 or bfloat16, as norm, residual and out.
+        rows: Of float16 or bfloat16, as norm, residual and out; contiguous, in memory that begins
+            at a multiple of 16 bytes.
         linear: The matrix; with `gated` [2 * num_outputs, num_inputs].
         out: Where the result goes. It may be the residual.
         norm: Weight [num_inputs] and eps of a norm of the rows, if they are to be normalized; for
@@ -242,9 +256,11 @@ def multiply_four_bit(
         cuda.launch(kernel, grid, rows.device, [arguments])
     else:
         assert norm is None
-        codes = cuda.tensor_map(linear.codes, way.box)
-        grid = way.grid(len(rows), num_lines)
-        cuda.launch(kernel, grid, rows.device, [arguments, codes])
+        maps = (
+            cuda.tensor_map(linear.codes, way.codes_box),
+            cuda.tensor_map(rows, way.rows_box),
+        )
+        cuda.launch(kernel, way.grid(len(rows), num_lines), rows.device, [arguments, *maps])
     return out
 
 

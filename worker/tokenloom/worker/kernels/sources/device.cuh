@@ -55,7 +55,39 @@ DEVICE void copy_async(uint32 to, const void *from) {
     }
 }
 
+// Copies 4 bytes, or zeros if there are none.
+DEVICE void copy_async_or_zero(uint32 to, const void *from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+
+// Loads from an address of shared memory that a register holds: in this order,
+DEVICE Four load_four(uint32 address) {
+    Four v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+DEVICE float load_float(uint32 address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+// and in any, of what does not change.
+DEVICE uint32 load_value(uint32 address) {
+    uint32 v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
 // ---------------------------------------------------------------------------- numbers
+
+DEVICE uint32 byte_picker(int byte) { return 0x4440 | byte; }
+DEVICE uint32 pick_byte(uint32 word, uint32 picker) {
+    uint32 v;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(word), "r"(picker));
+    return v;
+}
 
 #ifdef HALF
 #define MMA_TYPES "f16.f16"
@@ -170,6 +202,9 @@ DEVICE void wait_barrier(uint32 at, uint32 parity) {
 // A tensor map, and the copy of a box of it to shared memory; zeros where it ends.
 struct alignas(64) Map { uint64 words[16]; };
 #define MAP const __grid_constant__ Map
+DEVICE void prefetch_map(const Map &map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+}
 DEVICE void copy_box(uint32 to, const Map &map, int column, int line, uint32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3}], [%4];"
@@ -179,29 +214,36 @@ DEVICE void copy_box(uint32 to, const Map &map, int column, int line, uint32 bar
 
 // The matrix unit for four warps: 64 lines from registers, warp w's as above for lines 16 w …,
 // times columns in shared memory, which sums hold eight by eight.
-DEVICE void show_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void begin_group() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void wait_group() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int LEFT>
+DEVICE void wait_groups() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
+}
 // Until here a register is the matrix unit's.
 DEVICE void keep(float &v) { asm volatile("" : "+f"(v) :: "memory"); }
 DEVICE void keep(uint32 &v) { asm volatile("" : "+r"(v) :: "memory"); }
 
-// Columns of 64 inputs, 128 bytes each, whose 16-byte pieces are swizzled by column % 8.
-DEVICE uint64 describe_columns(uint32 at) {
-    return (uint64)(shared_address(at) >> 4 & 0x3fff) | (uint64)1 << 16
-        | (uint64)(1024 >> 4) << 32 | (uint64)1 << 62;
+// Columns of 64 inputs, 128 bytes each, whose 16-byte pieces are swizzled by column % 8, have a
+// number for a name: one more for each piece further on.
+DEVICE uint32 name_columns(uint32 address) { return address >> 4 | 1 << 16; }
+DEVICE uint64 describe_columns(uint32 name) {
+    return (uint64)name | (uint64)(1024 >> 4 | 1 << 30) << 32;
 }
 
 #define SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
 #define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
+#define SUMS_64(i) SUMS_32(i), SUMS_32(i + 32)
 #define NAMES_4 "%0, %1, %2, %3"
 #define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
 #define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23" \
     ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_64 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39" \
+    ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55" \
+    ", %56, %57, %58, %59, %60, %61, %62, %63"
 
 // `add` is 0 for sums that begin. The last five arguments are count, count + 1, …
 #define MULTIPLY_GROUP(columns, count, a0, a1, a2, a3, rows_name, add_name)                     \
@@ -217,3 +259,4 @@ MULTIPLY_GROUP(8, 4, 4, 5, 6, 7, 8, 9)
 MULTIPLY_GROUP(16, 8, 8, 9, 10, 11, 12, 13)
 MULTIPLY_GROUP(32, 16, 16, 17, 18, 19, 20, 21)
 MULTIPLY_GROUP(64, 32, 32, 33, 34, 35, 36, 37)
+MULTIPLY_GROUP(128, 64, 64, 65, 66, 67, 68, 69)

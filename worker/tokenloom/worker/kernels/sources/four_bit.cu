@@ -2,9 +2,7 @@
 //
 // A byte is two codes, of which the table has the values side by side: one look-up in shared
 // memory makes a register of a matrix operand. The table is there once for each bank, so lanes
-// never wait for each other. Codes, inputs that follow each other, lie in memory in another
-// order than the matrix unit numbers its inputs; since a sum does not depend on that, codes stay
-// as they were loaded, and the rows are laid beside them in the same order.
+// never wait for each other.
 //
 // The codebook's values are stretched before they are rounded to the rows' type: with this
 // factor all of NF4 and FP4 lie near numbers of 8 bits, and lose half of what they would else.
@@ -120,9 +118,9 @@ DEVICE void write_dense(const Arguments &my) {
     KERNEL(32 * warps, programs) multiply_few(const Arguments my) {                  \
         Few<rows, warps, depth>::multiply(my);                                       \
     }
-#define WIDE(tokens, groups, step, stages, programs)                                 \
-    KERNEL(128 * groups + 128, programs) multiply_wide(const Arguments my, MAP codes) { \
-        Wide<tokens, groups, step, stages>::multiply(my, codes);                     \
+#define WIDE(tokens, step, stages, programs)                                         \
+    KERNEL(384, programs) multiply_wide(const Arguments my, MAP codes, MAP rows) {   \
+        Wide<tokens, step, stages, programs>::multiply(my, codes, rows);             \
     }
 #define DENSE KERNEL(256, 8) make_dense(const Arguments my) { write_dense(my); }
 

@@ -8,7 +8,8 @@
 //     unit 1   │     │     │ t=0 │ t=1 │     │     │ t=2 │ t=3 │
 //
 // A word of them serves two products: bytes 0 and 1 are the lane's a[0] and a[2] of the first,
-// bytes 2 and 3 of the second. In one product the lanes t < 2 have another block than the lanes
+// bytes 2 and 3 of the second. The matrix unit numbers its inputs in another order, on which sums
+// do not depend as long as the rows are laid beside the codes in the same one. In one product the lanes t < 2 have another block than the lanes
 // t > 1, and so another scale. Their sums stay apart, because columns 0 to 3 are the rows as
 // t < 2 multiply them and zeros for t > 1, columns 4 to 7 the reverse. Then a lane's columns,
 // 2 t and 2 t + 1, are sums of the very block whose scale it loaded.

@@ -1,22 +1,24 @@
-// Up to 64 rows times a matrix of 4-bit codes, on Hopper: part of four_bit.cu.
+// More rows times a matrix of 4-bit codes, on Hopper: part of four_bit.cu.
 //
-// A program multiplies 64 lines a group of four warps with up to TOKENS rows. A group more of
-// warps brings codes, scales and rows, STEP blocks of 64 inputs at a time, to a ring of STAGES
-// stages in shared memory: codes before the kernel ahead has ended, rows behind it.
+// A program multiplies 128 lines (gated: 64 of gate, 64 of up), 64 a group of four warps, with up
+// to TOKENS rows. One warp more brings codes, scales and rows, STEP blocks of 64 inputs at a time,
+// to a ring of STAGES stages in shared memory: codes before the kernel ahead has ended, rows
+// behind it. All of them lie there as they lay in memory.
 //
-// Of a block of 64 inputs lane 4 g + t looks up bytes 8 t … 8 t + 7 of its lines, which are pairs
-// 8 t + 2 s + h of inputs (s: product of four, h: half of it). The unit numbers a lane's pair of
-// product s and half h as 8 s + 4 h + t. So a row's block is laid out with
+// Of the 8 bytes of a line that are 16 inputs, lane 4 g + t looks up those that the matrix unit
+// takes from it, and all four lanes load all bytes:
 //
-//     pair 8 t + 2 s + h of memory    at    piece 2 s + h, word t    (pieces of 16 bytes)
+//     byte     0      1      2      3      4      5      6      7
+//     lane   t = 0  t = 1  t = 2  t = 3  t = 0  t = 1  t = 2  t = 3
+//            a[0] of line g, a[1] of g + 8      a[2]              a[3]
 //
-// While the unit multiplies a block, the next one is looked up. The sums of each are multiplied
-// with scales and added. The programs of a cluster, which share the inputs of the same lines,
-// then read each other's sums.
+// So one load of 16 bytes is half a block of a line, and two products. While the unit multiplies
+// one half, the next is looked up. The sums of a block are multiplied with scales and added. The
+// programs of a cluster, which share the inputs of the same lines, then read each other's sums.
 
-template <int TOKENS, int GROUPS, int STEP, int STAGES>
+template <int TOKENS, int STEP, int STAGES, int PROGRAMS>
 struct Wide {
-    static constexpr int WORKERS = 128 * GROUPS, THREADS = WORKERS + 128;
+    static constexpr int GROUPS = 2, WORKERS = 128 * GROUPS;
     static constexpr int LINES = 64 * GROUPS, LINE_BYTES = 32 * STEP, SUMS = TOKENS / 2;
     static constexpr uint32 CODE_BYTES = LINES * LINE_BYTES, BLOCK_BYTES = TOKENS * 128;
     static constexpr uint32 STAGE_BYTES = CODE_BYTES + STEP * BLOCK_BYTES;
@@ -25,147 +27,157 @@ struct Wide {
     static constexpr uint32 FULL = SCALES + STAGES * SCALE_BYTES, EMPTY = FULL + 8 * STAGES;
     static constexpr int WIDTH = LINES + 4;  // floats of a row's sums
 
-    // Which of 8 lines the lanes of g take: so that they read different banks.
-    static DEVICE int place_of(int g) {
-        return STEP == 4 ? (g & 3) * 2 + (g >> 2) : (g & 1) | (g & 2) << 1 | (g & 4) >> 1;
-    }
-
-    // How the tensor map swizzles a line's 16-byte pieces.
-    static DEVICE int swizzle_of(int line) { return STEP == 4 ? line & 7 : line >> 1 & 3; }
-
-    // Gated, half of the groups have gate's lines, half up's.
+    // Gated, the first group has gate's lines, the second up's.
     static DEVICE int first_line(const Arguments &my, int group) {
         if (!my.gated) return blockIdx.x * LINES + group * 64;
-        if (group < GROUPS / 2) return blockIdx.x * (LINES / 2) + group * 64;
-        return my.num_outputs + blockIdx.x * (LINES / 2) + (group - GROUPS / 2) * 64;
+        return group * my.num_outputs + blockIdx.x * 64;
     }
 
     static DEVICE void load_weights(const Arguments &my, const Map &codes, int slot, int step) {
-        int thread = threadIdx.x - WORKERS, num_blocks = my.num_inputs >> 6;
-        if (thread == 0) {
-            arrive_expecting(FULL + 8 * slot, CODE_BYTES);
+        int lane = threadIdx.x & 31, num_blocks = my.num_inputs >> 6;
+        uint32 full = FULL + 8 * slot;
+        if (lane == 0) {
+            arrive_expecting(full, STAGE_BYTES);  // the rows, too
 #pragma unroll
             for (int group = 0; group < GROUPS; group++)
                 copy_box(RING + slot * STAGE_BYTES + group * 64 * LINE_BYTES, codes,
-                         step * LINE_BYTES, first_line(my, group), FULL + 8 * slot);
+                         step * LINE_BYTES, first_line(my, group), full);
         }
         int num_lines = my.gated ? 2 * my.num_outputs : my.num_outputs;
-        for (int local = thread; local < LINES; local += 128) {
+        bool whole = num_blocks % STEP == 0;
+#pragma unroll
+        for (int local = lane; local < LINES; local += 32) {
             int line = clamp_below(first_line(my, local >> 6) + (local & 63), num_lines);
             const float *from = my.absmax + (uint64)line * num_blocks + step * STEP;
             uint32 to = SCALES + slot * SCALE_BYTES + local * STEP * 4;
-            if (num_blocks % STEP == 0) {
+            if (whole) {
                 copy_async<STEP * 4>(to, from);
             } else {
 #pragma unroll
-                for (int block = 0; block < STEP; block++)
-                    if (step * STEP + block < num_blocks)
-                        copy_async<4>(to + block * 4, from + block);
+                for (int block = 0; block < STEP; block++) {
+                    bool there = step * STEP + block < num_blocks;
+                    copy_async_or_zero(to + block * 4, there ? from + block : my.absmax, there);
+                }
             }
         }
+        arrive_after_copies(full);
     }
 
-    static DEVICE void load_rows(const Arguments &my, int slot, int step, int begin, int num_rows) {
-        int lane = threadIdx.x & 31, first = threadIdx.x >> 5 & 3, num_blocks = my.num_inputs >> 6;
-        int piece = lane & 7, word = lane >> 3;
-        uint32 to = RING + slot * STAGE_BYTES + CODE_BYTES + word * 4;
-        const uint16 *from = my.rows + (uint64)(begin + first) * my.num_inputs
-            + step * STEP * 64 + lane * 2;
-        for (int row = first; row < num_rows; row += 4) {
-            uint32 at = to + row * 128 + (piece ^ (row & 7)) * 16;
+    static DEVICE void load_rows(const Map &rows, int slot, int step, int first_row) {
+        if ((threadIdx.x & 31) != 0) return;
+        uint32 to = RING + slot * STAGE_BYTES + CODE_BYTES;
 #pragma unroll
-            for (int block = 0; block < STEP; block++)
-                if (step * STEP + block < num_blocks)
-                    copy_async<4>(at + block * BLOCK_BYTES, from + block * 64);
-            from += 4 * my.num_inputs;
-        }
+        for (int block = 0; block < STEP; block++)
+            copy_box(to + block * BLOCK_BYTES, rows, (step * STEP + block) * 128, first_row,
+                     FULL + 8 * slot);
     }
 
-    static DEVICE void produce(const Arguments &my, const Map &codes, int begin, int end,
-                               int first_row, int num_rows) {
+    static DEVICE void produce(const Arguments &my, const Map &codes, const Map &rows, int begin,
+                               int end, int first_row) {
         int ahead = end - begin < STAGES ? end - begin : STAGES;
         for (int i = 0; i < ahead; i++) load_weights(my, codes, i, begin + i);
         wait_for_previous();
-        int slot = 0, turn = 0;
-        for (int step = begin; step < end; step++) {
-            if (step >= begin + STAGES) {
-                wait_barrier(EMPTY + 8 * slot, (turn - 1) & 1);
-                load_weights(my, codes, slot, step);
-            }
-            load_rows(my, slot, step, first_row, num_rows);
-            arrive_after_copies(FULL + 8 * slot);
-            if (++slot == STAGES) slot = 0, turn++;
+        for (int i = 0; i < ahead; i++) load_rows(rows, i, begin + i, first_row);
+        int slot = 0;
+        uint32 parity = 0;
+        for (int step = begin + ahead; step < end; step++) {
+            wait_barrier(EMPTY + 8 * slot, parity);
+            load_weights(my, codes, slot, step);
+            load_rows(rows, slot, step, first_row);
+            if (++slot == STAGES) slot = 0, parity ^= 1;
         }
     }
 
-    // Looks up a block's operands: [product][register of it].
-    static DEVICE void look_up_block(uint32 (&a)[4][4], float (&scales)[2], uint32 codes,
-                                     uint32 scales_at, uint32 lane_at) {
+    // Loads a half of a block, of lines g and g + 8.
+    static DEVICE void load_codes(Four (&words)[2], uint32 codes, int half) {
+        words[0] = load_four(codes ^ half * 16);
+        words[1] = load_four((codes ^ half * 16) + 8 * LINE_BYTES);
+    }
+
+    static DEVICE void load_scales(float (&scales)[2], uint32 at) {
+        scales[0] = load_float(at), scales[1] = load_float(at + 8 * STEP * 4);
+    }
+
+    // Looks up what load_codes loaded: [product][register of it].
+    static DEVICE void look_up_half(uint32 (&a)[2][4], const Four (&words)[2], uint32 own_byte,
+                                    uint32 table) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            Two words = shared<Two>(codes + half * 8 * LINE_BYTES);
-            scales[half] = shared<float>(scales_at + half * 8 * STEP * 4);
-            a[0][half] = look_up<0>(words.x, lane_at);
-            a[0][2 + half] = look_up<1>(words.x, lane_at);
-            a[1][half] = look_up<2>(words.x, lane_at);
-            a[1][2 + half] = look_up<3>(words.x, lane_at);
-            a[2][half] = look_up<0>(words.y, lane_at);
-            a[2][2 + half] = look_up<1>(words.y, lane_at);
-            a[3][half] = look_up<2>(words.y, lane_at);
-            a[3][2 + half] = look_up<3>(words.y, lane_at);
+        for (int line = 0; line < 2; line++) {
+            a[0][line] = load_value(pick_byte(words[line].x, own_byte) * 128 + table);
+            a[0][2 + line] = load_value(pick_byte(words[line].y, own_byte) * 128 + table);
+            a[1][line] = load_value(pick_byte(words[line].z, own_byte) * 128 + table);
+            a[1][2 + line] = load_value(pick_byte(words[line].w, own_byte) * 128 + table);
         }
     }
 
-    static DEVICE void begin_block(float (&sums)[SUMS], const uint32 (&a)[4][4], uint32 rows) {
-        uint64 described = describe_columns(rows);
+    static DEVICE void begin_half(float (&sums)[SUMS], const uint32 (&a)[2][4], uint32 columns,
+                                  bool adds) {
         begin_group();
-#pragma unroll
-        for (int s = 0; s < 4; s++) multiply_group(sums, a[s], described + 2 * s, s != 0);
+        multiply_group(sums, a[0], describe_columns(columns), adds);
+        multiply_group(sums, a[1], describe_columns(columns + 2), 1);
         commit_group();
     }
 
-    static DEVICE void end_block(float (&sums)[SUMS], uint32 (&a)[4][4]) {
-        wait_group();
+    // Waits until at most LEFT halves are being multiplied, these not among them.
+    template <int LEFT>
+    static DEVICE void end_half(uint32 (&a)[2][4]) {
+        wait_groups<LEFT>();
 #pragma unroll
-        for (int i = 0; i < SUMS; i++) keep(sums[i]);
-#pragma unroll
-        for (int i = 0; i < 16; i++) keep(a[i >> 2][i & 3]);
+        for (int i = 0; i < 8; i++) keep(a[i >> 2][i & 3]);
     }
 
-    static DEVICE void consume(const Arguments &my, float (&total)[SUMS], int begin, int end) {
-        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3;
-        int own_line = warp * 16 + place_of(lane >> 2), num_blocks = my.num_inputs >> 6;
-        int own_piece = (t >> 1) ^ swizzle_of(own_line);
-        uint32 own_codes = own_line * LINE_BYTES + own_piece * 16 + (t & 1) * 8;
-        float sums[SUMS] = {};
+    // Multiplies one step or more.
+    static DEVICE void consume(float (&total)[SUMS], int begin, int end) {
+        int lane = threadIdx.x & 31, own_line = (threadIdx.x >> 5) * 16 + (lane >> 2);
+        int swizzle = STEP == 4 ? own_line & 7 : own_line >> 1 & 3;  // the tensor map's
+        uint32 own_byte = byte_picker(lane & 3), table = shared_address(lane * 4);
+        uint32 columns = name_columns(shared_address(RING + CODE_BYTES));
+        uint32 codes = shared_address(RING + own_line * LINE_BYTES + swizzle * 16);
+        uint32 scales_at = shared_address(SCALES + own_line * STEP * 4);
+        keep(own_byte), keep(table), keep(columns), keep(codes), keep(scales_at);
+        float sums[SUMS] = {}, scales[2], next_scales[2];
+        Four words[2];
+        uint32 a[2][2][4], stage = 0, parity = 0;
         int slot = 0;
-        uint32 parity = 0;
+        wait_barrier(FULL, 0);
+        load_scales(scales, scales_at);
+        load_codes(words, codes, 0);
+        look_up_half(a[0], words, own_byte, table);
         for (int step = begin; step < end; step++) {
-            wait_barrier(FULL + 8 * slot, parity);
-            show_to_matrix_unit();
-            uint32 codes = RING + slot * STAGE_BYTES + own_codes;
-            uint32 scales_at = SCALES + slot * SCALE_BYTES + own_line * STEP * 4;
-            uint32 rows = RING + slot * STAGE_BYTES + CODE_BYTES;
-            uint32 a[2][4][4];
-            float scales[2][2];
-            look_up_block(a[0], scales[0], codes, scales_at, lane * 4);
-            begin_block(sums, a[0], rows);
+            bool wraps = slot + 1 == STAGES;
+            int next_slot = wraps ? 0 : slot + 1;
+            uint32 next_stage = wraps ? 0 : stage + STAGE_BYTES;
+            if (wraps) parity ^= 1;
 #pragma unroll
-            for (int block = 0; block < STEP; block++) {
-                bool more = block + 1 < STEP && step * STEP + block + 1 < num_blocks;
-                int now = block & 1, next = (block + 1) & 1;
-                if (more)
-                    look_up_block(a[next], scales[next], codes ^ ((block + 1) * 32),
-                                  scales_at + (block + 1) * 4, lane * 4);
-                end_block(sums, a[now]);
+            for (int half = 0; half < 2 * STEP; half++) {
+                int now = half & 1, next = now ^ 1, block = half >> 1;
+                begin_half(sums, a[now],
+                           columns + (stage >> 4) + block * (BLOCK_BYTES >> 4) + now * 4, now);
+                bool more = true;
+                if (half + 1 < 2 * STEP) {
+                    if (now)
+                        load_scales(next_scales, scales_at + slot * SCALE_BYTES + (block + 1) * 4);
+                    load_codes(words, codes + stage, half + 1);
+                } else if (step + 1 < end) {
+                    wait_barrier(FULL + 8 * next_slot, parity);
+                    load_scales(next_scales, scales_at + next_slot * SCALE_BYTES);
+                    load_codes(words, codes + next_stage, 0);
+                } else {
+                    more = false;
+                }
+                end_half<1>(a[next]);
+                if (more) look_up_half(a[next], words, own_byte, table);
+                if (!now) continue;
+                end_half<0>(a[now]);
 #pragma unroll
-                for (int i = 0; i < SUMS; i++) total[i] += scales[now][i >> 1 & 1] * sums[i];
-                if (!more) break;
-                begin_block(sums, a[next], rows + (block + 1) * BLOCK_BYTES);
+                for (int i = 0; i < SUMS; i++) keep(sums[i]);
+#pragma unroll
+                for (int i = 0; i < SUMS; i++) total[i] += scales[i >> 1 & 1] * sums[i];
+                scales[0] = next_scales[0], scales[1] = next_scales[1];
             }
             sync_warp();
             if (lane == 0) arrive(EMPTY + 8 * slot);
-            if (++slot == STAGES) slot = 0, parity ^= 1;
+            slot = next_slot, stage = next_stage;
         }
     }
 
@@ -206,11 +218,11 @@ struct Wide {
         float total[SUMS] = {};
         fill_table(my.codebook, WORKERS / 32);
         sync_some(WORKERS);
-        consume(my, total, begin, end);
+        consume(total, begin, end);
         wait_for_previous();
         sync_some(WORKERS);
         // The sums take the ring's place, float32 [TOKENS][WIDTH].
-        int line = (threadIdx.x >> 5) * 16 + place_of(lane >> 2);
+        int line = (threadIdx.x >> 5) * 16 + (lane >> 2);
 #pragma unroll
         for (int i = 0; i < SUMS; i++) {
             int row = i / 4 * 8 + t * 2 + (i & 1);
@@ -222,8 +234,8 @@ struct Wide {
         if (gridDim.y > 1) sync_cluster();  // the others may still read
     }
 
-    // A grid of tiles, programs of a cluster, and TOKENS rows each.
-    static DEVICE void multiply(const Arguments &my, const Map &codes) {
+    // A grid of tiles, programs of a cluster, and TOKENS rows each. No program is without a step.
+    static DEVICE void multiply(const Arguments &my, const Map &codes, const Map &rows) {
         let_next_start();
         int num_steps = ((my.num_inputs >> 6) + STEP - 1) / STEP;
         int begin = num_steps * blockIdx.y / gridDim.y;
@@ -231,20 +243,22 @@ struct Wide {
         int first_row = blockIdx.z * TOKENS;
         int num_rows = my.num_rows - first_row < TOKENS ? my.num_rows - first_row : TOKENS;
         if (threadIdx.x == WORKERS) {
+            prefetch_map(rows);
             for (int i = 0; i < STAGES; i++) {
-                begin_barrier(FULL + 8 * i, 129);  // those who copy, and the announcement
+                begin_barrier(FULL + 8 * i, 33);  // the warp that copies, and the announcement
                 begin_barrier(EMPTY + 8 * i, WORKERS / 32);
             }
             show_barriers();
         }
         sync_block();
-        // Many rows are many sums: who has them gets registers from who brings them.
+        // Many rows are many sums: who has them gets registers from the others, which are four
+        // warps because those of four are given together.
         if (threadIdx.x < WORKERS) {
-            if constexpr (TOKENS >= 64) more_registers<GROUPS == 4 ? 112 : 232>();
+            if constexpr (TOKENS >= 64) more_registers<PROGRAMS == 2 ? 104 : 232>();
             work(my, begin, end, first_row, num_rows);
         } else {
-            if constexpr (TOKENS >= 64) fewer_registers<GROUPS == 4 ? 24 : 40>();
-            produce(my, codes, begin, end, first_row, num_rows);
+            if constexpr (TOKENS >= 64) fewer_registers<PROGRAMS == 2 ? 32 : 40>();
+            if (threadIdx.x < WORKERS + 32) produce(my, codes, rows, begin, end, first_row);
             if (gridDim.y > 1) {
                 sync_cluster();
                 sync_cluster();
