@@ -143,6 +143,22 @@ def test_a_large_matrix_is_made_dense_by_parts(
     assert sum(sizes) == 120 * 128
 
 
+def test_parts_begin_where_the_library_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    begins: list[int] = []
+
+    def mm(rows: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> None:
+        begins.append(int(out.storage_offset()))
+        out.copy_(rows @ weight)
+
+    monkeypatch.setattr(four_bit, "DENSE_WEIGHTS", 100 * 128)
+    monkeypatch.setattr(four_bit, "make_dense", FourBitLinear.dense)
+    monkeypatch.setattr(torch, "mm", mm)
+    linear = four_bit_linear(300, 128, dtype=torch.float32, device="cpu")
+    rows = torch.randn(7, 128)
+    torch.testing.assert_close(four_bit.multiply_in_parts(rows, linear), linear(rows))
+    assert begins == [0, 64, 128, 192, 256]
+
+
 def test_other_block_sizes_types_and_devices_are_left_to_the_twin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

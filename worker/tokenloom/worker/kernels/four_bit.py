@@ -36,6 +36,8 @@ _TUNED = Path(__file__).parent / "tuned"
 _TABLE_BYTES = 32 * 1024
 _PROGRAM_BYTES = 1024
 """Of shared memory that each program takes beside what it asks for"""
+_ALIGNED_OUTPUTS = 64
+"""A part's products begin on whole 128 bytes: at other addresses the library has slow kernels."""
 
 
 Clusters: TypeAlias = tuple[tuple[int, int], ...]
@@ -287,6 +289,7 @@ def multiply_in_parts(rows: Tensor, linear: FourBitLinear, out: Tensor | None = 
     """
     num_outputs, num_inputs = linear.shape
     at_once = DENSE_WEIGHTS // num_inputs
+    at_once -= at_once % min(at_once, _ALIGNED_OUTPUTS)
     if out is None:
         out = torch.empty((len(rows), num_outputs), dtype=rows.dtype, device=rows.device)
     for first in range(0, num_outputs, at_once):
