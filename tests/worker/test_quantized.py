@@ -302,6 +302,23 @@ def test_a_cpu_keeps_the_rounded_values_dense_and_says_so(tmp_path: Path) -> Non
     assert torch.equal(first_qkv(rounded).weight, expected.dense(torch.float32))
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_cpu_keeps_the_rounded_values_of_the_head_beside_the_embedding(
+    tmp_path: Path, name: str
+) -> None:
+    make_checkpoint(tmp_path, name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    runner, _ = load(configuration(str(tmp_path), quantize="nf4", quantize_lm_head=True))
+    assert runner._loaded is not None
+    weights = runner._loaded.decoder._weights
+    source = "model.embed_tokens.weight" if name == "llama-tied" else "lm_head.weight"
+    expected = whole(tensors[source], "nf4")
+    assert isinstance(expected, FourBitLinear)
+    assert isinstance(weights.head, DenseLinear)
+    assert torch.equal(weights.head.weight, expected.dense(torch.float32))
+    assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
+
+
 def test_a_threshold_for_outliers_reaches_matrices_of_8_bits(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama")
     asked = configuration(str(tmp_path), quantize="int8", int8_threshold=2.0)

@@ -199,11 +199,12 @@ def _take_memory(
     threshold = configure.int8_threshold
     kept = {
         name: each
-        for name, each in formats.items()
         if device.type == "cuda" or (threshold > 0 and isinstance(each, EightBits))
+        else None
+        for name, each in formats.items()
     }
-    if len(kept) < len(formats):
-        _log.info("on a CPU %d quantized matrices are kept dense", len(formats) - len(kept))
+    if num_dense := sum(each is None for each in kept.values()):
+        _log.info("on a CPU %d quantized matrices are kept dense", num_dense)
     weights = allocate_weights(
         config, formats=kept, int8_threshold=threshold, dtype=dtype, device=device
     )

@@ -66,13 +66,13 @@ class Weights:
     final_norm: Tensor
     """[hidden_size]"""
     head: Linear
-    """Shares its matrix with `embedding` where the checkpoint ties them and both are dense."""
+    """Shares its matrix with `embedding` where the checkpoint ties them and it is not quantized."""
 
 
 def allocate_weights(
     config: ModelConfig,
     *,
-    formats: Mapping[str, Format],
+    formats: Mapping[str, Format | None],
     int8_threshold: float,
     dtype: torch.dtype,
     device: torch.device,
@@ -83,7 +83,8 @@ def allocate_weights(
 
     Args:
         config: The decoder.
-        formats: By its name, what a matrix is kept in; absent ones are dense.
+        formats: By its name, what a matrix that is or will be quantized is kept in; None: its
+            values, dense. Absent ones are dense, too.
         int8_threshold: Of matrices of 8 bits.
         dtype: Of the activations and of all that is not quantized.
         device: Where the memory is.
@@ -115,12 +116,11 @@ def allocate_weights(
         for index in range(config.num_layers)
     )
     embedding = zeros(config.vocab_size, hidden)
-    head_format = formats.get(HEAD)
     head: Linear
-    if config.tied_embeddings and head_format is None:
+    if config.tied_embeddings and HEAD not in formats:
         head = DenseLinear(weight=embedding, bias=None)
     else:
-        head = memory.linear(config.vocab_size, hidden, head_format, bias=False)
+        head = memory.linear(config.vocab_size, hidden, formats.get(HEAD), bias=False)
     return Weights(embedding=embedding, layers=layers, final_norm=zeros(hidden), head=head)
 
 
