@@ -15,11 +15,8 @@ from tokenloom.worker.errors import CheckpointError
 from tokenloom.worker.plan.capacity import Checkpoint, Stored
 from tokenloom.worker.plan.sizes import Form
 from tokenloom.worker.weights.checkpoint import read_config, read_tensors
-from tokenloom.worker.weights.formats import CODEBOOKS, EightBits, Format, FourBits
+from tokenloom.worker.weights.formats import BLOCK_SIZES, CODEBOOKS, EightBits, Format, FourBits
 from tokenloom.worker.weights.matrices import EMBEDDING, HEAD, Matrix, matrices
-
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Those of bitsandbytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +92,12 @@ def _form(matrix: Matrix, headers: Mapping[str, Header]) -> Format | None:
     if absmax is None:
         return None
     num_blocks = math.prod(absmax.shape)
-    for block_size in _BLOCK_SIZES:
+    for block_size in BLOCK_SIZES:
         if -(-matrix.num_weights // block_size) == num_blocks:
             return FourBits(codebook=_codebook(matrix, headers), block_size=block_size)
     raise CheckpointError(
         f"tensor {matrix.name}.weight.absmax has {num_blocks} scales for {matrix.num_weights}"
-        f" weights; blocks are of {_BLOCK_SIZES[0]} to {_BLOCK_SIZES[-1]}"
+        f" weights; blocks are of {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
     )
 
 

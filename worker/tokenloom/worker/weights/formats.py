@@ -17,6 +17,8 @@ from tokenloom.worker.errors import CheckpointError, LoadError, UnsupportedModel
 
 BLOCK_SIZE = 64
 """What matrices are quantized with here; a checkpoint may have another."""
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Those of bitsandbytes."""
 
 CODEBOOKS = {
     "nf4": (

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import msgspec
 
 from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
-from tokenloom.worker.weights.formats import CODEBOOKS, EightBits, Format, FourBits
+from tokenloom.worker.weights.formats import BLOCK_SIZES, CODEBOOKS, EightBits, Format, FourBits
 from tokenloom.worker.weights.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _WEIGHT = ".weight"
 _WEIGHT_FORMAT = ".weight_format"
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _NESTED_CODES = 256
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +141,9 @@ def _four_bit(name: str, state_name: str, tensors: Mapping[str, StoredTensor]) -
     num_outputs, num_inputs = state.shape
     if state.quant_type not in CODEBOOKS or not state_name.endswith("__" + state.quant_type):
         raise CheckpointError(f"tensor {state_name} says quant_type = {state.quant_type!r}")
-    if state.blocksize not in _BLOCK_SIZES:
+    if state.blocksize not in BLOCK_SIZES:
         raise CheckpointError(
-            f"tensor {state_name} says blocksize = {state.blocksize}; it is one of {_BLOCK_SIZES}"
+            f"tensor {state_name} says blocksize = {state.blocksize}; it is one of {BLOCK_SIZES}"
         )
     if min(state.shape) < 1 or num_inputs % 2:
         raise UnsupportedModelError(
