@@ -160,6 +160,7 @@ def test_json_has_the_figures_under_their_names_and_units(
         (("--tensor-parallel", "3"), "--tensor-parallel 3 cannot be: 32 attention heads"),
         (("--context", "200000"), "--context is 200000; the checkpoint is made for 131072"),
         (("--dtype", "float8"), "dtype float8 is not supported"),
+        (("--quantize", "none", "--quantize-lm-head"), "--quantize-lm-head is set, but neither"),
     ],
 )
 def test_what_the_server_would_refuse_is_refused(
@@ -284,6 +285,13 @@ def test_a_head_may_be_quantized_beside_a_quantized_checkpoint(
     (row,) = told(capsys, tmp_path, "--quantize-lm-head")["rows"]
     assert row["precision"] == "nf4, head too"
     assert row["weights"]["head"] == 96 * 64 * 9 // 16
+
+
+def test_what_is_quantized_already_stays_so_without_quantizing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_quantized(tmp_path, four_bit)
+    assert told(capsys, tmp_path, "--quantize", "none") == told(capsys, tmp_path)
 
 
 def test_another_quantization_than_the_stored_one_is_refused(

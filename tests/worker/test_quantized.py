@@ -27,13 +27,15 @@ from tokenloom.wire.messages import Configure, Ready
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import CheckpointError, LoadError, UnsupportedModelError
 from tokenloom.worker.options import WorkerOptions
+from tokenloom.worker.plan.capacity import Precision, Serving, make_plan
+from tokenloom.worker.plan.reading import read_checkpoint
 from tokenloom.worker.plan.sizes import WeightBytes, weight_bytes
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.weights import copying
 from tokenloom.worker.weights.checkpoint import interpret, read_config, read_tensors
 from tokenloom.worker.weights.copying import Copying
 from tokenloom.worker.weights.filling import Filling, match
-from tokenloom.worker.weights.formats import CODEBOOKS, stored_format_name
+from tokenloom.worker.weights.formats import CODEBOOKS, FourBits, stored_format_name
 from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear, FourBitLinear, Linear
 from tokenloom.worker.weights.matrices import matrices
 from tokenloom.worker.weights.merged import (
@@ -248,6 +250,11 @@ def test_a_merged_matrix_of_which_a_part_is_dense_is_dense(tmp_path: Path) -> No
     assert isinstance(qkv, DenseLinear)
     expected = [bitsandbytes_dense(tensors, name) for name in QKV[:2]] + [dense[QKV[2]]]
     assert torch.equal(qkv.weight, torch.cat(expected))
+    _, fillings, _ = take_memory(tmp_path)
+    serving = Serving(dtype="float32", kv_types=("float32",), context_tokens=16)
+    nf4 = Precision(label="nf4", form=FourBits(codebook="nf4"))
+    (row,) = make_plan(read_checkpoint(str(tmp_path)), serving, (nf4,), None).rows
+    assert row.weights_bytes == sum(filling.num_place_bytes for filling in fillings)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])

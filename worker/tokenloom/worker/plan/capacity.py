@@ -40,7 +40,7 @@ from tokenloom.worker.plan.sizes import (
     why_not_split,
 )
 from tokenloom.worker.weights.formats import FourBits, fits
-from tokenloom.worker.weights.matrices import HEAD, matrices
+from tokenloom.worker.weights.matrices import HEAD, matrices, merged_with
 
 BATCHES = (1, 4, 16)
 KV_BLOCK_SIZE = 128
@@ -209,7 +209,11 @@ def _forms(checkpoint: Checkpoint, precision: Precision) -> dict[str, Form]:
         form = stored.get(matrix.name, precision.form if wanted else None)
         # Where blocks would reach over rows, a matrix is kept dense.
         forms[matrix.name] = form if fits(form, matrix.num_inputs) else None
-    return forms
+    # And where parts of one differ.
+    return {
+        name: form if all(forms[part] == form for part in merged_with(name)) else None
+        for name, form in forms.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

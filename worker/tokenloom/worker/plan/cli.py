@@ -75,9 +75,13 @@ def _precisions(
 ) -> tuple[Precision, ...]:
     """Returns the rows: what was asked for, else all that can be."""
     stored = checkpoint.stored
-    if stored is not None and args.quantize not in {None, stored.label}:
+    if stored is not None and args.quantize not in {None, "none", stored.label}:
         raise UnsupportedModelError(
             f"--quantize is {args.quantize}; the checkpoint is stored in {stored.label} already"
+        )
+    if stored is None and args.quantize == "none" and args.quantize_lm_head:
+        raise LoadError(
+            "--quantize-lm-head is set, but neither --quantize nor the checkpoint says to what"
         )
     if stored is not None or args.quantize is not None:
         asked = stored.label if stored is not None else args.quantize

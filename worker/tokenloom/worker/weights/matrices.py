@@ -33,6 +33,15 @@ class Matrix:
         return self.num_outputs * self.num_inputs
 
 
+def merged_with(name: str) -> tuple[str, ...]:
+    """Returns the matrices that are one matrix in memory, of which `name` is a part."""
+    for parts in (QKV, GATE_UP):
+        for part in parts:
+            if name.endswith(f".{part}"):
+                return tuple(name.removesuffix(part) + each for each in parts)
+    return (name,)
+
+
 def matrices(config: ModelConfig) -> Iterator[Matrix]:
     """Yields the matrices of all layers and the head, which is there if it is tied, too."""
     hidden, width = config.hidden_size, config.intermediate_size
