@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.worker.checkpoints import (
     computing_exactly,
+    edit_config,
     generate,
     load_quantized,
     make_checkpoint,
@@ -147,15 +149,30 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+def test_weights_that_find_no_room_leave_nothing(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "dense", "llama")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(LoadError, match=r"out cannot be written: .*File too large"):
+            save(tmp_path / "dense", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "dense", "llama")
     make_checkpoint(tmp_path / "tied", "llama-tied")
+    make_checkpoint(tmp_path / "wide", "llama")
+    edit_config(tmp_path / "wide", dtype="float64")
     save(tmp_path / "dense", tmp_path / "nf4")
     for model, out, options, message in (
         ("dense", "nf4", {}, "nf4 exists already"),
         ("nf4", "out", {}, "nf4 is quantized to nf4 already"),
         ("tied", "out", {"lm_head": True}, "are one matrix"),
         ("dense", "out", {"to": "int8", "nested": True}, "nested is about the scales of 4 bits"),
+        ("wide", "out", {}, "dtype float64 is not supported; supported are bfloat16"),
         ("none", "out", {}, "none is no folder here"),
     ):
         with pytest.raises(LoadError, match=message):

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError
+from tokenloom.worker.loading import DTYPES
 from tokenloom.worker.weights.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -99,12 +101,15 @@ def save_quantized(
             f"embedding and head of {model} are one matrix, of which a checkpoint has no quantized"
             " copy; quantize_lm_head makes one when it is served"
         )
+    dtype_name = config.dtype or "float32"
+    if dtype_name not in DTYPES:
+        raise LoadError(f"dtype {dtype_name} is not supported; supported are {', '.join(DTYPES)}")
     tensors = read_tensors(folder)
     formats = choose_formats(
         matrices(config), tensors, own=None, quantize=options.to, quantize_lm_head=options.lm_head
     )
     # What transformers computes in, and so rounds to before it quantizes.
-    dtype = getattr(torch, config.dtype or "float32")
+    dtype = DTYPES[dtype_name]
     with _new_folder(out) as fresh:
         shards = _Shards(fresh)
         for index, (name, stored) in enumerate(tensors.items()):
@@ -119,7 +124,7 @@ def save_quantized(
         num_bytes = shards.finish()
         _copy_others(folder, fresh)
         dense = (matrix.name for matrix in matrices(config) if matrix.name not in formats)
-        own = _quantization_config(options, config.dtype or "float32", dense)
+        own = _quantization_config(options, dtype_name, dense)
         saved = {**content, "quantization_config": own}
         (fresh / CONFIG_FILE).write_text(json.dumps(saved, indent=2) + "\n")
     return Saved(
@@ -218,5 +223,5 @@ def _new_folder(out: Path) -> Iterator[Path]:
             fresh.mkdir()
             yield fresh
             fresh.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise LoadError(f"{out} cannot be written: {error}") from error
