@@ -37,7 +37,7 @@ from tokenloom.worker.weights.rounding import quantized
 from tokenloom.worker.weights.stored import StoredTensor
 
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
-_WIDENED = 16
+_WIDENED = 12
 """Bytes that a byte of two codes takes while it is made dense, about."""
 
 Place: TypeAlias = Tensor | Linear

@@ -88,9 +88,10 @@ class FourBitLinear:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Returns [num_outputs, num_inputs] values: each product in float32, then rounded."""
-        codes = torch.stack((self.codes >> 4, self.codes & 15), dim=-1)  # [outputs, bytes, 2]
-        blocks = self.codebook[codes.int()].view(*self.absmax.shape, self.block_size)
-        return (blocks * self.absmax[..., None]).view(self.shape).to(dtype)
+        pairs = torch.cartesian_prod(self.codebook, self.codebook)  # [256, 2] of each byte
+        values = functional.embedding(self.codes.int(), pairs)  # [num_outputs, bytes, 2]
+        blocks = values.view(*self.absmax.shape, self.block_size)
+        return blocks.mul_(self.absmax[..., None]).view(self.shape).to(dtype)
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
