@@ -26,7 +26,7 @@ from torch import Tensor
 from tokenloom.worker.kernels import cuda
 from tokenloom.worker.kernels.overlap import real
 from tokenloom.worker.memory import DENSE_WEIGHTS
-from tokenloom.worker.weights.linears import DenseLinear, FourBitLinear, Linear
+from tokenloom.worker.weights.linears import DenseLinear, FourBitLinear
 
 _log = logging.getLogger(__name__)
 
@@ -266,28 +266,15 @@ def multiply_four_bit(
     return out
 
 
-def for_rows(num_rows: int, linear: Linear, dtype: torch.dtype) -> Linear:
-    """Returns the matrix as so many rows of a type are best multiplied with it.
-
-    Dense, where no kernel of ours is for so many rows and it is small enough to be made so at
-    once. Its memory goes back to torch, which then has it for the matrices that follow.
-    """
-    if (
-        isinstance(linear, FourBitLinear)
-        and math.prod(linear.shape) <= DENSE_WEIGHTS
-        and has_kernels(linear, dtype)
-        and choose_for(num_rows, linear) is None
-    ):
-        return DenseLinear(weight=make_dense(linear, dtype), bias=linear.bias)
-    return linear
-
-
 def multiply_in_parts(rows: Tensor, linear: FourBitLinear, out: Tensor | None = None) -> Tensor:
     """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs].
 
-    As many outputs as make DENSE_WEIGHTS are made dense at a time, and the library multiplies.
+    As many outputs as make DENSE_WEIGHTS are made dense at a time, and the library multiplies:
+    kernels of ours read a matrix before they wait (`overlap`), and so before this one is there.
     """
     num_outputs, num_inputs = linear.shape
+    if num_outputs * num_inputs <= DENSE_WEIGHTS:
+        return DenseLinear(weight=make_dense(linear, rows.dtype), bias=linear.bias)(rows, out)
     at_once = DENSE_WEIGHTS // num_inputs
     at_once -= at_once % min(at_once, _ALIGNED_OUTPUTS)
     if out is None:

@@ -20,7 +20,6 @@ from tokenloom.worker.kernels.eight_bit import multiply_eight_bit
 from tokenloom.worker.kernels.four_bit import (
     Few,
     choose_for,
-    for_rows,
     has_kernels,
     multiply_four_bit,
     multiply_in_parts,
@@ -181,7 +180,6 @@ class FusedOperations(Operations):
         out: Tensor | None = None,
     ) -> Tensor:
         """Returns the matrix times the normalized rows, [num_rows, num_outputs]."""
-        linear = for_rows(len(residual), linear, weight.dtype)
         if isinstance(linear, DenseLinear):
             if cut := choose_cut(len(residual), linear):
                 hidden = residual.sum()
@@ -204,7 +202,6 @@ class FusedOperations(Operations):
         self, residual: Residual, weight: Tensor, eps: float, linear: Linear
     ) -> Tensor:
         """Returns silu(gate) * up of the normalized rows, [num_rows, num_outputs / 2]."""
-        linear = for_rows(len(residual), linear, weight.dtype)
         if isinstance(linear, DenseLinear):
             if cut := choose_cut(len(residual), linear, gated=True):
                 hidden = residual.sum()
@@ -223,7 +220,6 @@ class FusedOperations(Operations):
 
     def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
         """Adds the matrix times [num_rows, num_inputs] rows to the residual."""
-        linear = for_rows(len(rows), linear, rows.dtype)
         if isinstance(linear, DenseLinear) and (cut := choose_cut(len(rows), linear)):
             hidden = residual.sum()
             multiply(cut, rows, linear, hidden, residual=hidden)

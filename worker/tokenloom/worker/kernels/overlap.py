@@ -9,8 +9,9 @@ next one may be placed beside it, and waits before it reads what another one wro
 What is launched this way keeps two rules, and may then stand beside any other kernel:
 
 - Before the wait it reads nothing that a kernel launched this way writes, and writes nothing.
-  What others wrote, torch's own among them, was whole before any after them began: where a
-  step's spans lie, for one, since its embedding is looked up behind it.
+  What others wrote, torch's own among them, is whole once another of them came behind: where a
+  step's spans lie, for one, since its embedding is looked up behind it. What the last of them
+  wrote may still be on its way.
 - Every program waits, even one with nothing to read: the wait is for the kernel before
   alone, so a kernel that ended without it would let the next one overtake both.
 """
