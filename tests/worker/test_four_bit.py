@@ -12,6 +12,7 @@ import torch
 
 from tests.worker.four_bit_cases import four_bit_linear
 from tokenloom.worker.errors import CudaError
+from tokenloom.worker.weights import linears
 from tokenloom.worker.weights.linears import FourBitLinear
 from tokenloom.worker.weights.merged import outline
 
@@ -122,9 +123,9 @@ def test_steps_without_content_tell_which_kernels_there_are_to_compile(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("dense_weights", [10**6, 50 * 128, 128])
+@pytest.mark.parametrize("at_once", [120, 50, 1])
 def test_a_large_matrix_is_made_dense_by_parts(
-    monkeypatch: pytest.MonkeyPatch, dense_weights: int, given: bool, bias: bool
+    monkeypatch: pytest.MonkeyPatch, at_once: int, given: bool, bias: bool
 ) -> None:
     sizes: list[int] = []
 
@@ -133,14 +134,14 @@ def test_a_large_matrix_is_made_dense_by_parts(
         return linear.dense(dtype)
 
     monkeypatch.setattr(four_bit, "make_dense", make_dense)
-    monkeypatch.setattr(four_bit, "DENSE_WEIGHTS", dense_weights)
+    monkeypatch.setattr(linears, "DENSE_BYTES", 4 * at_once * 128)
     linear = four_bit_linear(120, 128, bias=bias, dtype=torch.float32, device="cpu")
     rows = torch.randn(7, 128)
     out = torch.full((7, 120), float("nan")) if given else None
-    product = four_bit.multiply_in_parts(rows, linear, out)
+    product = four_bit.multiply_dense(rows, linear, out)
     torch.testing.assert_close(product, linear(rows))
     assert (product is out) == given
-    assert max(sizes) <= dense_weights
+    assert max(sizes) == at_once * 128
     assert sum(sizes) == 120 * 128
 
 
@@ -151,12 +152,13 @@ def test_parts_begin_where_the_library_is_fast(monkeypatch: pytest.MonkeyPatch) 
         begins.append(int(out.storage_offset()))
         out.copy_(rows @ weight)
 
-    monkeypatch.setattr(four_bit, "DENSE_WEIGHTS", 100 * 128)
-    monkeypatch.setattr(four_bit, "make_dense", FourBitLinear.dense)
-    monkeypatch.setattr(torch, "mm", mm)
     linear = four_bit_linear(300, 128, dtype=torch.float32, device="cpu")
     rows = torch.randn(7, 128)
-    torch.testing.assert_close(four_bit.multiply_in_parts(rows, linear), linear(rows))
+    expected = linear(rows)
+    monkeypatch.setattr(linears, "DENSE_BYTES", 4 * 100 * 128)
+    monkeypatch.setattr(four_bit, "make_dense", FourBitLinear.dense)
+    monkeypatch.setattr(torch, "mm", mm)
+    torch.testing.assert_close(four_bit.multiply_dense(rows, linear), expected)
     assert begins == [0, 64, 128, 192, 256]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,9 +12,10 @@ import torch
 
 from tests.worker.checkpoints import make_checkpoint
 from tests.worker.driver import configuration
+from tokenloom.worker import loading
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.kv import pool_bytes
-from tokenloom.worker.memory import DENSE_WEIGHTS, scratch_bytes
+from tokenloom.worker.memory import DENSE_BYTES, scratch_bytes
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.steps.warmup import warm_up_steps
@@ -46,11 +48,37 @@ def test_scratch_grows_with_rows_and_with_step_tokens() -> None:
     assert scratch(1, 512) < scratch(1, 8192) < scratch(512, 8192)
 
 
-def test_matrices_of_4_bits_leave_room_to_be_made_dense_in_a_graph_and_outside() -> None:
-    size = partial(scratch_bytes, CONFIG, num_rows=1, num_step_tokens=512, item_bytes=2)
-    largest = max(2 * CONFIG.intermediate_size, CONFIG.vocab_size) * CONFIG.hidden_size
-    dense = min(largest, DENSE_WEIGHTS) * 2
-    assert size(four_bit=True) - size() == 2 * dense
+@pytest.mark.parametrize("item_bytes", [2, 4])
+def test_what_is_made_dense_has_a_room_in_a_graph_and_one_outside(item_bytes: int) -> None:
+    size = partial(scratch_bytes, CONFIG, num_rows=1, num_step_tokens=512, item_bytes=item_bytes)
+    assert size(makes_dense=True) - size() == 2 * DENSE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("options", "is_made_dense"),
+    [
+        ({"quantize": "int8", "int8_threshold": 6.0}, True),
+        ({"quantize": "int8"}, False),
+        ({}, False),
+    ],
+)
+def test_matrices_whose_outliers_are_parted_are_made_dense_at_each_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    is_made_dense: bool,
+) -> None:
+    asked: list[bool] = []
+
+    def counted(config: ModelConfig, *, makes_dense: bool, **others: int) -> int:
+        asked.append(makes_dense)
+        return scratch_bytes(config, makes_dense=makes_dense, **others)
+
+    monkeypatch.setattr(loading, "scratch_bytes", counted)
+    make_checkpoint(tmp_path, "llama")
+    runner = ModelRunner(WorkerOptions(device="cpu", kv_cache_bytes=1024 * 1024))
+    runner.configure(configuration(str(tmp_path), **options), lambda *_: None)
+    assert asked == [is_made_dense]
 
 
 def test_a_fixed_size_is_taken_as_it_is() -> None:

@@ -38,7 +38,7 @@ from tokenloom.worker.weights.checkpoint import (
 from tokenloom.worker.weights.copying import Copying
 from tokenloom.worker.weights.filling import Filling, match
 from tokenloom.worker.weights.formats import EightBits
-from tokenloom.worker.weights.linears import FourBitLinear
+from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear, Linear
 from tokenloom.worker.weights.matrices import matrices
 from tokenloom.worker.weights.merged import (
     allocate_weights,
@@ -230,7 +230,7 @@ def _pool(
         num_rows=configure.max_num_requests,
         num_step_tokens=max_step_tokens(configure, device),
         item_bytes=dtype.itemsize,
-        four_bit=any(isinstance(each, FourBitLinear) for each in linears(weights)),
+        makes_dense=any(map(_is_made_dense, linears(weights))),
     )
     if (num_positions := _num_widened(configure, config, device)) is not None:
         scratch += widened_bytes(config, num_positions=num_positions, item_bytes=dtype.itemsize)
@@ -243,6 +243,13 @@ def _pool(
     pool = KVPool(config, num_bytes=num_bytes, block_size=block_size, dtype=kv_dtype, device=device)
     _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, block_size)
     return pool
+
+
+def _is_made_dense(linear: Linear) -> bool:
+    """Returns whether steps may make a matrix dense: 8 bits have kernels, but for outliers."""
+    if isinstance(linear, EightBitLinear):
+        return linear.threshold > 0
+    return not isinstance(linear, DenseLinear)
 
 
 def max_step_tokens(configure: Configure, device: torch.device) -> int:

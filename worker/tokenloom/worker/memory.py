@@ -22,8 +22,10 @@ CUDA_STEP_TOKENS = 8192
 """Long prompts are computed at the highest rate in steps of this size."""
 CPU_STEP_TOKENS = 2048
 """A CPU computes longer steps no faster: others only wait longer for their end."""
-DENSE_WEIGHTS = 2**27
-"""Of a matrix of 4 bits that are made dense at a time: 0.25 GiB."""
+DENSE_BYTES = 2**28
+"""Of the room in which a matrix of codes is made dense, a part at a time."""
+MAX_WEIGHT_BYTES = 6
+"""Of a weight while it is made dense: in float32, beside its code or what it is rounded to."""
 MIN_BLOCKS = 2
 """Of a KV pool."""
 SAMPLING_COPIES = 9
@@ -70,20 +72,20 @@ def scratch_bytes(
     num_rows: int,
     num_step_tokens: int,
     item_bytes: int,
-    four_bit: bool = False,
+    makes_dense: bool = False,
 ) -> int:
     """Returns the bytes that the largest step needs beside weights and pool, generously.
 
     `num_rows` requests that sample with every restriction, `num_step_tokens`
-    tokens under way in a layer, `item_bytes` an element of theirs. With `four_bit`,
+    tokens under way in a layer, `item_bytes` an element of theirs. With `makes_dense`,
     some matrices are made dense; captured steps have memory of their own for that.
     """
     sampling = SAMPLING_COPIES * num_rows * config.vocab_size * _FLOAT32_BYTES
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     widths = 4 * config.intermediate_size + 3 * heads + 8 * config.hidden_size
     largest = max(2 * config.intermediate_size, config.vocab_size) * config.hidden_size
-    made_dense = 2 * min(largest, DENSE_WEIGHTS) if four_bit else 0
-    return sampling + (num_step_tokens * widths + made_dense) * item_bytes
+    made_dense = 2 * min(largest * MAX_WEIGHT_BYTES, DENSE_BYTES) if makes_dense else 0
+    return sampling + num_step_tokens * widths * item_bytes + made_dense
 
 
 def rotary_bytes(config: ModelConfig) -> int:

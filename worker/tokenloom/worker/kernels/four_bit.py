@@ -25,8 +25,7 @@ from torch import Tensor
 
 from tokenloom.worker.kernels import cuda
 from tokenloom.worker.kernels.overlap import real
-from tokenloom.worker.memory import DENSE_WEIGHTS
-from tokenloom.worker.weights.linears import DenseLinear, FourBitLinear
+from tokenloom.worker.weights.linears import FourBitLinear, multiply_in_parts
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +35,6 @@ _TUNED = Path(__file__).parent / "tuned"
 _TABLE_BYTES = 32 * 1024
 _PROGRAM_BYTES = 1024
 """Of shared memory that each program takes beside what it asks for"""
-_ALIGNED_OUTPUTS = 64
-"""A part's products begin on whole 128 bytes: at other addresses the library has slow kernels."""
-
 
 Clusters: TypeAlias = tuple[tuple[int, int], ...]
 """(programs of a cluster, clusters that stand at once if a multiprocessor has one of them)"""
@@ -268,24 +264,13 @@ def multiply_four_bit(
     return out
 
 
-def multiply_in_parts(rows: Tensor, linear: FourBitLinear, out: Tensor | None = None) -> Tensor:
+def multiply_dense(rows: Tensor, linear: FourBitLinear, out: Tensor | None = None) -> Tensor:
     """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs].
 
-    As many outputs as make DENSE_WEIGHTS are made dense at a time, and the library multiplies:
-    kernels of ours read a matrix before they wait (`overlap`), and so before this one is there.
+    What is made dense, the library multiplies: kernels of ours read a matrix before they wait
+    (`overlap`), and so before this one is there.
     """
-    num_outputs, num_inputs = linear.shape
-    if num_outputs * num_inputs <= DENSE_WEIGHTS:
-        return DenseLinear(weight=make_dense(linear, rows.dtype), bias=linear.bias)(rows, out)
-    at_once = DENSE_WEIGHTS // num_inputs
-    at_once -= at_once % min(at_once, _ALIGNED_OUTPUTS)
-    if out is None:
-        out = torch.empty((len(rows), num_outputs), dtype=rows.dtype, device=rows.device)
-    for first in range(0, num_outputs, at_once):
-        part = linear.rows(first, min(first + at_once, num_outputs))
-        product = out[:, first : first + at_once]
-        torch.mm(rows, make_dense(part, rows.dtype).T, out=product)  # no name: one at a time
-    return out if linear.bias is None else out.add_(linear.bias)
+    return multiply_in_parts(rows, linear, out, make_dense, rows.dtype.itemsize)
 
 
 def make_dense(linear: FourBitLinear, dtype: torch.dtype) -> Tensor:

@@ -21,8 +21,8 @@ from tokenloom.worker.kernels.four_bit import (
     Few,
     choose_for,
     has_kernels,
+    multiply_dense,
     multiply_four_bit,
-    multiply_in_parts,
 )
 from tokenloom.worker.kernels.linear import choose_cut, multiply
 from tokenloom.worker.kernels.overlap import let_next_start, overlaps, wait_for_previous
@@ -235,7 +235,7 @@ class FusedOperations(Operations):
                 hidden = residual.sum()
                 multiply_four_bit(way, rows, linear, hidden, residual=hidden)
             else:
-                residual.add_later(multiply_in_parts(rows, linear))
+                residual.add_later(multiply_dense(rows, linear))
         else:
             super().add_linear(residual, rows, linear)
 
@@ -256,7 +256,7 @@ class FusedOperations(Operations):
         rows = self.norm_sum(residual, weight, eps)
         if way is not None:
             return multiply_four_bit(way, rows, linear, out, gated=gated)
-        product = multiply_in_parts(rows, linear, out)
+        product = multiply_dense(rows, linear, out)
         return self.silu_mul(product) if gated else product
 
 

@@ -261,7 +261,7 @@ class _Case:
             num_rows=self.serving.max_num_requests,
             num_step_tokens=num_step_tokens,
             item_bytes=item_bytes,
-            four_bit=any(isinstance(form, FourBits) for form in self.forms.values()),
+            makes_dense=any(isinstance(form, FourBits) for form in self.forms.values()),
         )
         if kv_type == "fp8":
             num_positions = num_widened(

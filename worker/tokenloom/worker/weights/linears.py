@@ -6,20 +6,26 @@
     8 bits    codes[k] * scale                                   1
 
 Codes and scales are bitsandbytes' own. Called as they are, 4 and 8 bits are made dense in
-float32, rounded to the rows' type and multiplied: what kernels are tested against. 8 bits with
-a threshold are multiplied as bitsandbytes does it, by parts, which is slow and has no kernel.
+float32, rounded to the rows' type and multiplied, some outputs at a time: what kernels are tested
+against. 8 bits with a threshold are multiplied as bitsandbytes does it, which is slow and has no
+kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenloom.worker.memory import DENSE_BYTES, MAX_WEIGHT_BYTES
 from tokenloom.worker.weights.formats import CODEBOOKS
+
+_ALIGNED_OUTPUTS = 64
+"""A part's products begin on whole 128 bytes: at other addresses the library has slow kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,7 @@ class FourBitLinear:
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
-        return _multiply(rows, self.dense(rows.dtype), self.bias, out)
+        return multiply_in_parts(rows, self, out, FourBitLinear.dense, MAX_WEIGHT_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +136,63 @@ class EightBitLinear:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Returns [num_outputs, num_inputs] values: each product in float32, then rounded."""
-        return (self.codes * self.scales[:, None]).to(dtype)
+        return self.codes.float().mul_(self.scales[:, None]).to(dtype)
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs]."""
         if self.threshold == 0:
-            return _multiply(rows, self.dense(rows.dtype), self.bias, out)
-        bias = None if self.bias is None else self.bias.float()
+            return multiply_in_parts(rows, self, out, EightBitLinear.dense, MAX_WEIGHT_BYTES)
         taken = _quantized_but_outliers(rows, self.threshold)
-        result = _multiply(taken, self.dense(torch.float32), bias, None).to(rows.dtype)
-        return result if out is None else out.copy_(result)
+        if out is None:
+            out = rows.new_empty((len(rows), self.shape[0]))
+        for first, last in _parts(self.shape, MAX_WEIGHT_BYTES):
+            bias = None if self.bias is None else self.bias[first:last].float()
+            part = self.rows(first, last)
+            out[:, first:last] = functional.linear(taken, part.dense(torch.float32), bias)
+        return out
 
 
 Linear: TypeAlias = DenseLinear | FourBitLinear | EightBitLinear
+Coded = TypeVar("Coded", FourBitLinear, EightBitLinear)
+
+
+def multiply_in_parts(
+    rows: Tensor,
+    linear: Coded,
+    out: Tensor | None,
+    make_dense: Callable[[Coded, torch.dtype], Tensor],
+    weight_bytes: int,
+) -> Tensor:
+    """Returns [num_rows, num_outputs], in `out` if given, for [num_rows, num_inputs].
+
+    As many outputs are made dense at a time as take DENSE_BYTES, and the library multiplies.
+
+    Args:
+        rows: Of the type in which is multiplied.
+        linear: The matrix.
+        out: Where the result goes, if that matters.
+        make_dense: Returns a matrix's values, [num_outputs, num_inputs], in a type.
+        weight_bytes: What it takes of memory for each.
+    """
+    parts = list(_parts(linear.shape, weight_bytes))
+    if len(parts) == 1:
+        return _multiply(rows, make_dense(linear, rows.dtype), linear.bias, out)
+    if out is None:
+        out = rows.new_empty((len(rows), linear.shape[0]))
+    for first, last in parts:
+        part, product = linear.rows(first, last), out[:, first:last]
+        torch.mm(rows, make_dense(part, rows.dtype).T, out=product)  # no name: one at a time
+    return out if linear.bias is None else out.add_(linear.bias)
+
+
+def _parts(shape: tuple[int, int], weight_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yields the ranges of outputs that are made dense at a time."""
+    num_outputs, num_inputs = shape
+    at_once = max(1, DENSE_BYTES // weight_bytes // num_inputs)
+    if at_once < num_outputs:
+        at_once -= at_once % min(at_once, _ALIGNED_OUTPUTS)
+    for first in range(0, num_outputs, at_once):
+        yield first, min(first + at_once, num_outputs)
 
 
 def codebook(name: str, device: torch.device) -> Tensor:
@@ -169,6 +219,7 @@ def _quantized_but_outliers(rows: Tensor, threshold: float) -> Tensor:
     """
     wide = rows.float()
     outliers = wide.abs() >= threshold
-    scales = wide.masked_fill(outliers, 0).abs().amax(1, keepdim=True) / 127
-    codes = (wide / scales.masked_fill(scales == 0, 1)).round()
-    return torch.where(outliers.any(0), wide, codes * scales)
+    scales = wide.masked_fill(outliers, 0).abs_().amax(1, keepdim=True) / 127
+    # In place: of a long step, rows in float32 take as much as all else that is under way.
+    taken = (wide / scales.masked_fill(scales == 0, 1)).round_().mul_(scales)
+    return torch.where(outliers.any(0), wide, taken, out=taken)
