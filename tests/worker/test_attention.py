@@ -201,6 +201,26 @@ def test_without_a_flash_package_triton_serves_and_the_log_says_why(
     ]
 
 
+@needs_triton
+@pytest.mark.usefixtures("flash_attn")
+def test_only_flash_needs_room_beside_keys_and_values_in_8_bits(obstacles: _Obstacles) -> None:
+    obstacles.are(flash4="not for this chip", flash2=None, triton=None)
+
+    def num_widened(name: str, device: str = "cuda") -> int:
+        return choose_attention(
+            name,
+            head_dim=128,
+            dtype=torch.bfloat16,
+            device=torch.device(device),
+            num_widened=1000,
+        ).num_widened
+
+    assert num_widened("auto") == num_widened("flash2") == 1024  # whole blocks of 256
+    assert num_widened("triton") == num_widened("torch") == 0
+    obstacles.are(flash2="not installed")
+    assert num_widened("auto") == 0
+
+
 @pytest.mark.usefixtures("flash_attn")
 def test_without_triton_flash_serves_decodes_too(obstacles: _Obstacles) -> None:
     obstacles.are(flash4="not installed", flash2=None, triton="not installed")

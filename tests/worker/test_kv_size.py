@@ -81,6 +81,27 @@ def test_matrices_whose_outliers_are_parted_are_made_dense_at_each_use(
     assert asked == [is_made_dense]
 
 
+def test_keys_and_values_in_8_bits_leave_no_room_for_an_attention_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    def counted(
+        device: torch.device, *, fixed_bytes: int | None, memory_fraction: float, scratch: int
+    ) -> int:
+        left.append(scratch)
+        return pool_bytes(
+            device, fixed_bytes=fixed_bytes, memory_fraction=memory_fraction, scratch=scratch
+        )
+
+    monkeypatch.setattr(loading, "pool_bytes", counted)
+    make_checkpoint(tmp_path, "llama")
+    for kv_cache in ("auto", "fp8"):
+        runner = ModelRunner(WorkerOptions(device="cpu", kv_cache_bytes=1024 * 1024))
+        runner.configure(configuration(str(tmp_path), kv_cache=kv_cache), lambda *_: None)
+    assert left[0] == left[1]
+
+
 def test_a_fixed_size_is_taken_as_it_is() -> None:
     device = torch.device("cpu")
     assert pool_bytes(device, fixed_bytes=123, memory_fraction=0.5, scratch=10**12) == 123

@@ -295,17 +295,33 @@ def test_a_worker_on_a_gpu_takes_the_pool_that_was_planned(monkeypatch: pytest.M
         torch.device("cuda"),
         fixed_bytes=None,
         memory_fraction=0.92,
-        scratch=case.scratch_bytes(1, "bfloat16"),
+        scratch=case.scratch_bytes(1, h200, "bfloat16"),
     )
     pool, _ = case.pools(1, h200)
     assert pool.num_blocks == num_bytes // (128 * 131_072)
 
 
+def widened_bytes(config: ModelConfig, gpu: Gpu, serving: Serving = SERVING) -> int:
+    case = _Case(config=config, forms=all_dense(config), serving=serving)
+    own, coded = (case.scratch_bytes(1, gpu, kv_type) for kv_type in ("bfloat16", "fp8"))
+    return coded - own
+
+
 def test_a_pool_in_8_bits_leaves_room_for_what_flash_attn_reads_widened() -> None:
-    case = _Case(config=LLAMA_8B, forms=all_dense(LLAMA_8B), serving=SERVING)
-    own, coded = (case.scratch_bytes(1, kv_type) for kv_type in ("bfloat16", "fp8"))
     longest, position = 131_072, 4096  # bytes of a layer's keys and values
-    assert coded - own == (longest + 8192) * position
+    for gpu in (
+        *map(find_gpu, ("H100", "H200", "B200")),
+        Gpu(name="any", memory_bytes=GIB, datasheet_bytes_per_s=None),
+    ):
+        assert widened_bytes(LLAMA_8B, gpu) == (longest + 8192) * position
+
+
+def test_where_triton_reads_keys_and_values_in_8_bits_no_room_is_left() -> None:
+    for name in ("L4", "RTX 4090", "L40S", "RTX 5090"):
+        assert widened_bytes(LLAMA_8B, find_gpu(name)) == 0
+    wide = parsed("Llama", (2, 4096, 14336, 16, 4, 128256), head_dim=256)
+    assert widened_bytes(wide, find_gpu("H200")) == 0
+    assert widened_bytes(LLAMA_8B, find_gpu("H200"), replace(SERVING, dtype="float32")) == 0
 
 
 def test_a_gpu_without_8_bit_floats_has_no_pool_in_them() -> None:

@@ -71,10 +71,10 @@ TABLE = """\
 a token's keys and values take 128 KiB in bfloat16, 66 KiB in fp8
 
 weights          GiB  GPU  KV GiB  tokens  requests  fp8: tokens  requests  tok/s × 1  × 4  × 16
-bfloat16       14.96   L4    3.22  26,368         6       43,392        10         17   63     –
-int8            8.46   L4    9.19  75,264        18      138,240        33         31  106   259
-nf4             5.61   L4   11.34  92,928        22      172,672        42         49  151   317
-nf4, head too   4.91   L4   12.00  98,304        24      182,912        44         56  169   336
+bfloat16       14.96   L4    3.22  26,368         6       51,200        12         17   63     –
+int8            8.46   L4    9.19  75,264        18      146,048        35         31  106   259
+nf4             5.61   L4   11.34  92,928        22      180,352        44         49  151   317
+nf4, head too   4.91   L4   12.00  98,304        24      190,720        46         56  169   336
 
 requests: as many as fit at once with 4,096 tokens each, up to 256
 tok/s: the most that memory bandwidth allows for so many such requests, KV in bfloat16

@@ -12,6 +12,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+CAPABILITY_FP8 = (8, 9)
+"""Compute capability from which kernels write and read 8-bit floats."""
+_CAPABILITY_BFLOAT16 = (8, 0)
+FLASH4_GENERATIONS = (9, 10)
+"""Major compute capabilities for which flash-attn-4 has kernels for paged keys and values."""
+FLASH4_HEAD_DIMS = range(8, 129, 8)
+"""And sizes of heads."""
 _GIB = 1024**3
 _COPY_SHARE = 4.3 / 4.8
 """Of the datasheet's bandwidth what a large copy reaches: measured on an H200, taken for all."""
@@ -26,10 +33,8 @@ class Gpu:
     """As CUDA reports it."""
     datasheet_bytes_per_s: float | None
     """None: not known."""
-    has_bfloat16: bool = True
-    """Turing has no units for it."""
-    has_fp8: bool = True
-    """Nor have it and Ampere instructions for 8-bit floats."""
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability. None: not known, taken for one that has everything."""
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -37,38 +42,45 @@ class Gpu:
         datasheet = self.datasheet_bytes_per_s
         return None if datasheet is None else datasheet * _COPY_SHARE
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """Turing has no units for it."""
+        return self.capability is None or self.capability >= _CAPABILITY_BFLOAT16
 
-def _gpu(
-    name: str,
-    memory_gib: float,
-    gigabytes_per_s: float,
-    *,
-    has_bfloat16: bool = True,
-    has_fp8: bool = True,
-) -> Gpu:
+    @property
+    def has_fp8(self) -> bool:
+        """Nor have it and Ampere instructions for 8-bit floats."""
+        return self.capability is None or self.capability >= CAPABILITY_FP8
+
+    @property
+    def has_flash4(self) -> bool:
+        """Hopper has, and Blackwell for servers."""
+        return self.capability is None or self.capability[0] in FLASH4_GENERATIONS
+
+
+def _gpu(name: str, memory_gib: float, gigabytes_per_s: float, capability: tuple[int, int]) -> Gpu:
     return Gpu(
         name=name,
         memory_bytes=int(memory_gib * _GIB),
         datasheet_bytes_per_s=gigabytes_per_s * 1e9,
-        has_bfloat16=has_bfloat16,
-        has_fp8=has_fp8,
+        capability=capability,
     )
 
 
 GPUS = (
-    _gpu("T4", 14.56, 300, has_bfloat16=False, has_fp8=False),
-    _gpu("L4", 22.03, 300),
-    _gpu("A10G", 22.06, 600, has_fp8=False),
-    _gpu("RTX 3090", 23.68, 936, has_fp8=False),
-    _gpu("RTX 4090", 23.64, 1008),
-    _gpu("RTX 5090", 31.36, 1792),
-    _gpu("A100 40GB", 39.38, 1555, has_fp8=False),
-    _gpu("L40S", 44.39, 864),
-    _gpu("A100 80GB", 79.14, 2039, has_fp8=False),
-    _gpu("H100 PCIe", 79.11, 2000),
-    _gpu("H100", 79.11, 3350),
-    _gpu("H200", 139.80, 4800),
-    _gpu("B200", 178.35, 8000),
+    _gpu("T4", 14.56, 300, (7, 5)),
+    _gpu("L4", 22.03, 300, (8, 9)),
+    _gpu("A10G", 22.06, 600, (8, 6)),
+    _gpu("RTX 3090", 23.68, 936, (8, 6)),
+    _gpu("RTX 4090", 23.64, 1008, (8, 9)),
+    _gpu("RTX 5090", 31.36, 1792, (12, 0)),
+    _gpu("A100 40GB", 39.38, 1555, (8, 0)),
+    _gpu("L40S", 44.39, 864, (8, 9)),
+    _gpu("A100 80GB", 79.14, 2039, (8, 0)),
+    _gpu("H100 PCIe", 79.11, 2000, (9, 0)),
+    _gpu("H100", 79.11, 3350, (9, 0)),
+    _gpu("H200", 139.80, 4800, (9, 0)),
+    _gpu("B200", 178.35, 8000, (10, 0)),
 )
 """Smaller ones first; of those with as much memory the slower ones."""
 

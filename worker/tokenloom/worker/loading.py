@@ -18,6 +18,7 @@ from tokenloom.worker.attention import choose_attention
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.fp8 import CODE_DTYPE
+from tokenloom.worker.gpus import CAPABILITY_FP8
 from tokenloom.worker.kernels import choose_operations
 from tokenloom.worker.kv import KVPool, pool_bytes
 from tokenloom.worker.memory import (
@@ -58,9 +59,6 @@ if TYPE_CHECKING:
     from tokenloom.worker.weights.merged import Weights
 
 _log = logging.getLogger(__name__)
-
-_CAPABILITY_FP8 = (8, 9)
-"""Compute capability from which kernels write and read 8-bit floats."""
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -161,9 +159,7 @@ def load_model(
             config=config,
             decoder=Decoder(config, weights, rotary, operations),
             attention=attention,
-            pool=_pool(
-                config, weights, configure, options, attention.block_size, dtype, kv_dtype, device
-            ),
+            pool=_pool(config, weights, configure, options, attention, dtype, kv_dtype, device),
             weights_bytes=sum(filling.num_place_bytes for filling in fillings),
         )
         copying.wait(lambda fraction: report("loading weights", fraction))
@@ -219,7 +215,7 @@ def _pool(
     weights: Weights,
     configure: Configure,
     options: WorkerOptions,
-    block_size: int,
+    attention: Attention,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     device: torch.device,
@@ -232,16 +228,21 @@ def _pool(
         item_bytes=dtype.itemsize,
         makes_dense=any(map(_is_made_dense, linears(weights))),
     )
-    if (num_positions := _num_widened(configure, config, device)) is not None:
-        scratch += widened_bytes(config, num_positions=num_positions, item_bytes=dtype.itemsize)
+    scratch += widened_bytes(config, num_positions=attention.num_widened, item_bytes=dtype.itemsize)
     num_bytes = pool_bytes(
         device,
         fixed_bytes=options.kv_cache_bytes,
         memory_fraction=options.kv_memory_fraction,
         scratch=scratch,
     )
-    pool = KVPool(config, num_bytes=num_bytes, block_size=block_size, dtype=kv_dtype, device=device)
-    _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, block_size)
+    pool = KVPool(
+        config,
+        num_bytes=num_bytes,
+        block_size=attention.block_size,
+        dtype=kv_dtype,
+        device=device,
+    )
+    _log.info("KV pool: %d blocks of %d positions", pool.num_blocks, attention.block_size)
     return pool
 
 
@@ -327,7 +328,7 @@ def _kv_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtyp
         raise LoadError(f"kv_cache {name} is not supported; supported are auto, fp8")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability < _CAPABILITY_FP8:
+        if capability < CAPABILITY_FP8:
             raise LoadError(
                 f"kv_cache fp8 needs a GPU of compute capability 8.9 at least;"
                 f" {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"

@@ -115,6 +115,8 @@ class Attention(Protocol):
     block_size: int
     capturable: bool
     """Whether a launch depends on shapes alone, so that a CUDA graph can repeat it"""
+    num_widened: int
+    """Positions of a layer that it keeps in the queries' type, too, where the pool has codes"""
 
     def load(self) -> None:
         """Imports what is slow to import, which the first span would do otherwise."""

@@ -128,6 +128,7 @@ class SplitAttention:
         if decoding.name != others.name:
             self.name += f", {decoding.name} for decodes"
         self.block_size = others.block_size
+        self.num_widened = others.num_widened
         self._decoding, self._others = decoding, others
 
     def load(self) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenloom.worker.attention.base import Pages, Spans
+from tokenloom.worker.gpus import FLASH4_GENERATIONS, FLASH4_HEAD_DIMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_CAPABILITIES_4 = (9, 10)
-"""Major compute capabilities for which 4 has kernels for paged keys and values."""
-_HEAD_DIMS_4 = range(8, 129, 8)
 _CAPABILITY_2 = 8
 _HEAD_DIMS_2 = range(8, 257, 8)
 
@@ -33,12 +31,12 @@ def why_not_flash4(*, head_dim: int, dtype: torch.dtype, device: torch.device) -
     """Returns why flash-attn-4 cannot serve a model on a device; None if it can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device}"
-    if torch.cuda.get_device_capability(device)[0] not in _CAPABILITIES_4:
+    if torch.cuda.get_device_capability(device)[0] not in FLASH4_GENERATIONS:
         return f"{torch.cuda.get_device_name(device)} has no kernel for paged attention in it"
     if dtype not in _DTYPES:
         return f"it computes in bfloat16 or float16, not {dtype}"
-    if head_dim not in _HEAD_DIMS_4:
-        return f"head_dim {head_dim} is no multiple of 8 up to {_HEAD_DIMS_4[-1]}"
+    if head_dim not in FLASH4_HEAD_DIMS:
+        return f"head_dim {head_dim} is no multiple of 8 up to {FLASH4_HEAD_DIMS[-1]}"
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "the package flash-attn-4 is not installed"
     return None
@@ -71,6 +69,7 @@ class FlashAttention4:
     block_size = 128
     """The kernel's own key tile, so that a page is one bulk copy (TMA)."""
     capturable = True
+    num_widened = 0
 
     def load(self) -> None:
         """Imports the package, which takes seconds."""
@@ -117,6 +116,7 @@ class FlashAttention2:
     block_size = 256
     """The smallest that its kernels take."""
     capturable = True
+    num_widened = 0
 
     def load(self) -> None:
         """Imports the package."""

@@ -39,6 +39,7 @@ class PagedAttention:
 
     name = "triton"
     capturable = True
+    num_widened = 0
 
     def __init__(self, block_size: int = 64) -> None:
         self.block_size = block_size

@@ -46,6 +46,7 @@ class ReferenceAttention:
 
     name = "torch"
     capturable = False
+    num_widened = 0
 
     def __init__(self, block_size: int = 16) -> None:
         self.block_size = block_size

@@ -56,6 +56,7 @@ class WidenedAttention:
         self._inner = inner
         self._in_place = PagedAttention(inner.block_size)
         self._num_blocks = -(-num_positions // inner.block_size)
+        self.num_widened = self._num_blocks * inner.block_size
         self._rooms: dict[torch.device, Pages] = {}
         self._plan: _Plan | None = None
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tokenloom.worker.config import ModelConfig
-from tokenloom.worker.gpus import GPUS, Gpu
+from tokenloom.worker.gpus import FLASH4_HEAD_DIMS, GPUS, Gpu
 from tokenloom.worker.memory import (
     CUDA_BYTES,
     CUDA_STEP_TOKENS,
@@ -251,7 +251,7 @@ class _Case:
         weights = self.weights(num_ranks).total
         return gpu.memory_bytes - CUDA_BYTES - rotary_bytes(self.config) - weights
 
-    def scratch_bytes(self, num_ranks: int, kv_type: str) -> int:
+    def scratch_bytes(self, num_ranks: int, gpu: Gpu, kv_type: str) -> int:
         """Returns what a rank leaves aside for the largest step."""
         rank = shard(self.config, num_ranks)
         num_step_tokens = self.serving.step_tokens
@@ -263,12 +263,20 @@ class _Case:
             item_bytes=item_bytes,
             makes_dense=any(isinstance(form, FourBits) for form in self.forms.values()),
         )
-        if kv_type == "fp8":
+        if kv_type == "fp8" and self._is_widened(gpu):
             num_positions = num_widened(
                 max_model_tokens=self.config.max_model_tokens, num_step_tokens=num_step_tokens
             )
             scratch += widened_bytes(rank, num_positions=num_positions, item_bytes=item_bytes)
         return scratch
+
+    def _is_widened(self, gpu: Gpu) -> bool:
+        """Returns whether attention reads keys and values in 8 bits from a room of their own.
+
+        As where flash-attn-4 is installed if the GPU has kernels in it, and flash-attn 2 is not.
+        """
+        has_type = self.serving.dtype != "float32"
+        return has_type and gpu.has_flash4 and self.config.head_dim in FLASH4_HEAD_DIMS
 
     def block_bytes(self, num_ranks: int, kv_type: str) -> int:
         """Returns what a block takes on a rank."""
@@ -280,7 +288,7 @@ class _Case:
         kv_type = self.serving.kv_types[0]
         one = self.block_bytes(num_ranks, kv_type)
         pool = max(MIN_BLOCKS, self._blocks_of_a_request()) * one
-        left = self.free_bytes(num_ranks, gpu) - self.scratch_bytes(num_ranks, kv_type)
+        left = self.free_bytes(num_ranks, gpu) - self.scratch_bytes(num_ranks, gpu, kv_type)
         return max(0, math.ceil(pool / self.serving.kv_memory_fraction) - left)
 
     def pools(self, num_ranks: int, gpu: Gpu) -> Iterator[Pool]:
@@ -292,7 +300,7 @@ class _Case:
                 continue
             num_bytes = pool_share(
                 free_bytes,
-                scratch=self.scratch_bytes(num_ranks, kv_type),
+                scratch=self.scratch_bytes(num_ranks, gpu, kv_type),
                 memory_fraction=self.serving.kv_memory_fraction,
             )
             one = self.block_bytes(num_ranks, kv_type)
