@@ -131,6 +131,7 @@ def test_json_has_the_figures_under_their_names_and_units(
             "kv_types": ["bfloat16", "fp8"],
             "context_tokens": 4096,
             "num_ranks": 1,
+            "max_model_tokens": None,
             "max_num_requests": 256,
             "max_step_tokens": None,
             "kv_memory_fraction": 0.92,
@@ -159,6 +160,11 @@ def test_json_has_the_figures_under_their_names_and_units(
     [
         (("--tensor-parallel", "3"), "--tensor-parallel 3 cannot be: 32 attention heads"),
         (("--context", "200000"), "--context is 200000; the checkpoint is made for 131072"),
+        (("--max-model-tokens", "131073"), "131073; the checkpoint is made for 131072"),
+        (
+            ("--max-model-tokens", "8192", "--context", "8193"),
+            "--context is 8193; --max-model-tokens is 8192",
+        ),
         (("--dtype", "float8"), "dtype float8 is not supported"),
         (("--quantize", "none", "--quantize-lm-head"), "--quantize-lm-head is set, but neither"),
     ],
@@ -169,6 +175,26 @@ def test_what_the_server_would_refuse_is_refused(
     status, table, said = run(capsys, llama_8b, *options)
     assert (status, table) == (2, "")
     assert message in said
+
+
+def test_shorter_requests_leave_more_for_the_pool_in_8_bits(
+    llama_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (llama_8b, "--json", "--gpu", "H200", "--quantize", "nf4", "--kv-cache", "fp8")
+    sizes = []
+    for options in ((), ("--max-model-tokens", "2048")):
+        (row,) = json.loads(run(capsys, *asked, *options)[1])["rows"]
+        sizes.append(row["pools"][0]["num_bytes"])
+    # What is widened of a layer's keys and values, 4,096 bytes a position.
+    saved, block_bytes = 0.92 * (131_072 - 2048) * 4096, 128 * 67_584
+    assert sizes[1] - sizes[0] == pytest.approx(saved, abs=block_bytes)
+
+
+def test_a_request_is_planned_no_longer_than_it_may_be(
+    llama_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = run(capsys, llama_8b, "--max-model-tokens", "2048")[1]
+    assert "as fit at once with 2,048 tokens each" in text
 
 
 def test_an_unknown_gpu_is_answered_with_the_known_ones(

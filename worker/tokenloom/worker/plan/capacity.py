@@ -90,6 +90,8 @@ class Serving:
     context_tokens: int
     """Prompt + completion of each request."""
     num_ranks: int = 1
+    max_model_tokens: int | None = None
+    """The longest that a request may be; None: as long as the checkpoint is made for."""
     max_num_requests: int = 256
     max_step_tokens: int | None = None
     kv_memory_fraction: float = 0.92
@@ -265,7 +267,8 @@ class _Case:
         )
         if kv_type == "fp8" and self._is_widened(gpu):
             num_positions = num_widened(
-                max_model_tokens=self.config.max_model_tokens, num_step_tokens=num_step_tokens
+                max_model_tokens=self.serving.max_model_tokens or self.config.max_model_tokens,
+                num_step_tokens=num_step_tokens,
             )
             scratch += widened_bytes(rank, num_positions=num_positions, item_bytes=item_bytes)
         return scratch

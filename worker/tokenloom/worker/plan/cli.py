@@ -52,11 +52,14 @@ def _serving(checkpoint: Checkpoint, args: argparse.Namespace) -> Serving:
     dtype = (config.dtype or "float32") if args.dtype == "auto" else args.dtype
     if dtype not in ITEM_BYTES:
         raise LoadError(f"dtype {dtype} is not supported; supported are {', '.join(ITEM_BYTES)}")
-    context_tokens = args.context or min(_CONTEXT_TOKENS, config.max_model_tokens)
-    if context_tokens > config.max_model_tokens:
-        raise LoadError(
-            f"--context is {context_tokens}; the checkpoint is made for {config.max_model_tokens}"
-        )
+    longest, bound = config.max_model_tokens, "the checkpoint is made for"
+    if args.max_model_tokens is not None:
+        if args.max_model_tokens > longest:
+            raise LoadError(f"--max-model-tokens is {args.max_model_tokens}; {bound} {longest}")
+        longest, bound = args.max_model_tokens, "--max-model-tokens is"
+    context_tokens = args.context or min(_CONTEXT_TOKENS, longest)
+    if context_tokens > longest:
+        raise LoadError(f"--context is {context_tokens}; {bound} {longest}")
     if (reason := why_not_split(config, args.tensor_parallel)) is not None:
         raise LoadError(f"--tensor-parallel {args.tensor_parallel} cannot be: {reason}")
     return Serving(
@@ -64,6 +67,7 @@ def _serving(checkpoint: Checkpoint, args: argparse.Namespace) -> Serving:
         kv_types=("fp8",) if args.kv_cache == "fp8" else (dtype, "fp8"),
         context_tokens=context_tokens,
         num_ranks=args.tensor_parallel,
+        max_model_tokens=args.max_model_tokens,
         max_num_requests=args.max_num_requests,
         max_step_tokens=args.max_step_tokens,
         kv_memory_fraction=args.kv_memory_fraction,
@@ -143,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--dtype", default="auto", help=f"{', '.join(ITEM_BYTES)} or auto (auto)")
     server.add_argument(
         "--kv-cache", choices=("auto", "fp8"), default="auto", help="(default: auto; fp8 beside it)"
+    )
+    server.add_argument(
+        "--max-model-tokens",
+        type=argument(partial(parse_count, at_least=2)),
+        metavar="N",
+        help="longest prompt + completion (default: what the checkpoint is made for)",
     )
     server.add_argument(
         "--max-num-requests",
