@@ -381,6 +381,17 @@ def test_another_format_is_loaded_anew(tmp_path: Path) -> None:
         ("nf4", {"quantize": "fp4"}, "quantized to nf4 already"),
         ("int8", {"quantize": "nf4"}, "quantized to int8 already"),
         (None, {"quantize_lm_head": True}, "quantize_lm_head is set, but neither"),
+        (
+            None,
+            {"int8_threshold": 6.0},
+            "int8_threshold is 6, but .* none, the checkpoint is dense",
+        ),
+        (
+            None,
+            {"quantize": "nf4", "int8_threshold": 6.0},
+            "no matrix is in 8 bits: quantize is nf4",
+        ),
+        ("nf4", {"int8_threshold": 0.5}, "int8_threshold is 0.5, .* the checkpoint is nf4"),
         (None, {"quantize": "int4"}, "quantize is 'int4'; it must be one of none, nf4, fp4, int8"),
     ],
 )

@@ -188,6 +188,7 @@ def _take_memory(
         own=config.quantized_to,
         quantize=configure.quantize,
         quantize_lm_head=configure.quantize_lm_head,
+        int8_threshold=configure.int8_threshold,
     )
     # A CPU that has codes to look up computes a token ten times as slowly: there they are made
     # dense as they are loaded. The numbers are those of the format, the memory is not. Where

@@ -25,6 +25,7 @@ def choose_formats(
     own: str | None,
     quantize: str,
     quantize_lm_head: bool,
+    int8_threshold: float = 0.0,
 ) -> dict[str, Format]:
     """Returns the formats of matrices, by name; absent ones are dense.
 
@@ -37,6 +38,7 @@ def choose_formats(
         own: What its config.json says that it is quantized to; None: dense.
         quantize: As `--quantize`.
         quantize_lm_head: As `--quantize-lm-head`.
+        int8_threshold: As `--int8-threshold`.
 
     Raises:
         LoadError: What is asked for contradicts the checkpoint, or itself.
@@ -47,6 +49,11 @@ def choose_formats(
         raise LoadError(
             f"the checkpoint is quantized to {own} already; it cannot be served with quantize ="
             f" {quantize}"
+        )
+    if int8_threshold > 0 and "int8" not in {own, quantize}:
+        raise LoadError(
+            f"int8_threshold is {int8_threshold:g}, but no matrix is in 8 bits: quantize is"
+            f" {quantize}, the checkpoint is {own or 'dense'}"
         )
     of_head = (wanted or format_named(own or "none")) if quantize_lm_head else None
     if quantize_lm_head and of_head is None:
