@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.worker.checkpoints import (
@@ -22,7 +23,7 @@ from tests.worker.checkpoints import (
     skipped,
 )
 from tests.worker.driver import Driver, configuration
-from tokenloom.worker.errors import LoadError
+from tokenloom.worker.errors import CheckpointError, LoadError
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.saving import writing
@@ -31,6 +32,7 @@ from tokenloom.worker.saving.writing import QuantizeOptions, Saved, save_quantiz
 
 CPU = torch.device("cpu")
 PROMPT = [5, 3, 80, 41, 7]
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
 def save(
@@ -178,6 +180,29 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         with pytest.raises(LoadError, match=message):
             save(tmp_path / model, tmp_path / out, **options)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({K_PROJ: None}, f"1 tensors are missing: {K_PROJ}"),
+        ({"model.norm.weight": None}, "1 tensors are missing: model.norm.weight"),
+        ({K_PROJ: torch.ones(8, 64)}, r"has shape \(8, 64\); \(\d+, 64\) is expected"),
+        ({"model.norm.weight": torch.ones(64, dtype=torch.int32)}, "is of type I32; weights are"),
+        ({"model.extra.weight": torch.ones(1)}, "tensor model.extra.weight is not expected"),
+    ],
+)
+def test_a_checkpoint_that_is_not_as_its_config_says_is_refused(
+    tmp_path: Path, name: str, changes: Mapping[str, torch.Tensor | None], message: str
+) -> None:
+    make_checkpoint(tmp_path / "dense", name)
+    path = tmp_path / "dense" / "model.safetensors"
+    changed = {**load_file(path), **changes}
+    save_file({each: value for each, value in changed.items() if value is not None}, path)
+    with pytest.raises(CheckpointError, match=message):
+        save(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_tells_what_it_wrote(

@@ -28,17 +28,20 @@ from tokenloom.worker.weights.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     SINGLE_FILE,
+    interpret,
     locate,
     read_config,
     read_tensors,
 )
 from tokenloom.worker.weights.copying import TORCH_TYPES
+from tokenloom.worker.weights.filling import match
 from tokenloom.worker.weights.matrices import matrices
+from tokenloom.worker.weights.merged import allocate_weights, destinations
 from tokenloom.worker.weights.precision import choose_formats
 from tokenloom.worker.weights.rounding import load_bitsandbytes, stored_form
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -86,7 +89,8 @@ def save_quantized(
     `report` is told the fraction that is done.
 
     Raises:
-        LoadError: It cannot be read, is not dense, or cannot be written.
+        LoadError: It cannot be read, is not dense, not what its config.json says, or cannot be
+            written.
     """
     load_bitsandbytes()
     if options.nested and options.to == "int8":
@@ -110,6 +114,7 @@ def save_quantized(
     )
     # What transformers computes in, and so rounds to before it quantizes.
     dtype = DTYPES[dtype_name]
+    _check(tensors, config, dtype)
     with _new_folder(out) as fresh:
         shards = _Shards(fresh)
         for index, (name, stored) in enumerate(tensors.items()):
@@ -132,6 +137,14 @@ def save_quantized(
         num_read_bytes=sum(stored.num_bytes for stored in tensors.values()),
         num_bytes=num_bytes,
     )
+
+
+def _check(tensors: Mapping[str, StoredTensor], config: ModelConfig, dtype: torch.dtype) -> None:
+    """Raises CheckpointError for what a worker would refuse to load."""
+    dense = allocate_weights(
+        config, formats={}, int8_threshold=0.0, dtype=dtype, device=torch.device("meta")
+    )
+    match(interpret(tensors, config), destinations(config, dense), formats={}, dtype=dtype)
 
 
 class _Shards:
