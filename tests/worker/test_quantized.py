@@ -31,7 +31,7 @@ from tokenloom.worker.plan.capacity import Precision, Serving, make_plan
 from tokenloom.worker.plan.reading import read_checkpoint
 from tokenloom.worker.plan.sizes import WeightBytes, weight_bytes
 from tokenloom.worker.runner import ModelRunner
-from tokenloom.worker.weights import copying
+from tokenloom.worker.weights import copying, rounding
 from tokenloom.worker.weights.checkpoint import interpret, read_config, read_tensors
 from tokenloom.worker.weights.copying import Copying
 from tokenloom.worker.weights.filling import Filling, match
@@ -142,6 +142,17 @@ def test_a_merged_matrix_is_quantized_exactly_as_its_parts_as_a_whole(
     parts = torch.cat([tensors[f"{name}.weight"] for name in QKV]).to(DTYPES[dtype])
     assert_same(weights.layers[1].qkv, whole(parts, quantize))
     assert isinstance(weights.head, DenseLinear)
+
+
+def test_a_device_has_one_codebook_for_its_matrices_and_the_pieces_they_come_in(
+    tmp_path: Path,
+) -> None:
+    make_checkpoint(tmp_path, "llama")
+    qkv = load_weights(tmp_path, quantize="nf4").layers[1].qkv
+    piece = rounding.quantized(torch.randn(2, 64), FourBits(codebook="nf4"))
+    assert isinstance(qkv, FourBitLinear)
+    assert isinstance(piece, FourBitLinear)
+    assert qkv.codebook is piece.codebook
 
 
 def test_a_bias_stays_as_it_is(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -195,8 +196,12 @@ def _parts(shape: tuple[int, int], weight_bytes: int) -> Iterator[tuple[int, int
         yield first, min(first + at_once, num_outputs)
 
 
+@cache
 def codebook(name: str, device: torch.device) -> Tensor:
-    """Returns float32 [16]: what the codes of `nf4` or `fp4` stand for."""
+    """Returns float32 [16]: what the codes of `nf4` or `fp4` stand for; all share it.
+
+    To make one waits for the device. It stays: it is 64 bytes.
+    """
     return torch.tensor(CODEBOOKS[name], dtype=torch.float32, device=device)
 
 

@@ -131,7 +131,6 @@ class _Memory:
         self._dtype = dtype
         self._device = device
         self._int8_threshold = int8_threshold
-        self._codebooks: dict[str, Tensor] = {}
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self._dtype, device=self._device)
@@ -150,7 +149,7 @@ class _Memory:
                 return FourBitLinear(
                     codes=self.zeros(num_outputs, num_inputs // 2, dtype=torch.uint8),
                     absmax=self.zeros(num_outputs, num_blocks, dtype=torch.float32),
-                    codebook=self._codebook(wanted.codebook),
+                    codebook=codebook(wanted.codebook, self._device),
                     bias=own_bias,
                 )
             case EightBits():
@@ -162,12 +161,6 @@ class _Memory:
                 )
             case _:
                 assert_never(wanted)
-
-    def _codebook(self, name: str) -> Tensor:
-        """Returns the one that all matrices share."""
-        if name not in self._codebooks:
-            self._codebooks[name] = codebook(name, self._device)
-        return self._codebooks[name]
 
 
 def linears(weights: Weights) -> Iterator[Linear]:
