@@ -52,15 +52,14 @@ def test_what_was_fastest_on_an_h200_is_chosen() -> None:
     assert chosen(128, "qkv") == ("WIDE(128, 2, 4, 1)", (48, 2, 1))
     assert chosen(128, "down") == ("WIDE(128, 2, 4, 1)", (32, 3, 1))
     assert chosen(256, "o") == ("WIDE(128, 2, 4, 1)", (32, 2, 2))
-    assert chosen(128, "gate_up") == ("WIDE(128, 2, 4, 1)", (224, 1, 1))
-    assert chosen(129, "gate_up") is None
+    assert chosen(256, "gate_up") == ("WIDE(128, 2, 4, 1)", (224, 1, 2))
     assert chosen(257, "o") is None
 
 
 @pytest.mark.parametrize("num_inputs", [64, 512, 4096, 14336, 28672, 10**6])
-def test_up_to_128_rows_a_matrix_of_any_size_has_a_kernel_on_hopper(num_inputs: int) -> None:
+def test_up_to_256_rows_a_matrix_of_any_size_has_a_kernel_on_hopper(num_inputs: int) -> None:
     at_once = dict(H200.clusters) | {1: 10**9}
-    for num_rows in range(1, 129):
+    for num_rows in range(1, 257):
         for num_lines in range(1, 200_000, 7777):
             way = choose(H200, num_rows, num_lines, num_inputs)
             assert way is not None

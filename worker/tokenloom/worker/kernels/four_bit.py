@@ -83,8 +83,6 @@ class Wide:
     """Of a program"""
     runs: int = 1
     """Of so many rows, each with programs of its own, at most"""
-    lines: int | None = None
-    """That a matrix has at most, if it is not for all"""
     step: int
     stages: int
     programs: int
@@ -167,7 +165,7 @@ def choose(tuned: Tuned, num_rows: int, num_lines: int, num_inputs: int) -> Few 
         if num_rows <= few.rows and few.programs * own_bytes <= tuned.shared_bytes:
             return few
     for wide in tuned.wide:
-        if num_rows <= wide.runs * wide.rows and num_lines <= (wide.lines or num_lines):
+        if num_rows <= wide.runs * wide.rows:
             return wide.split(tuned.clusters, num_rows, num_lines, num_inputs)
     return None
 
