@@ -96,6 +96,11 @@ def test_every_field_of_the_configuration_has_an_option(
         "max_stream_buffer_tokens": 9,
         "spin_us": 123,
         "grace_s": 1.5,
+        "tensor_parallel": 2,
+        "step_timeout_s": 2.5,
+        "heartbeat_timeout_s": 3.5,
+        "max_crashes": 0,
+        "crash_window_s": 4.5,
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
@@ -112,7 +117,11 @@ def test_every_field_of_the_configuration_has_an_option(
     host, port = started.config.listen.split(":")
     assert host == "0.0.0.0"
     assert int(port) > 0  # known before two fronts share it
-    assert "--spin-us=123" in started.argv("worker")
+    for number in (1, 2):
+        assert started.argv(f"worker {number}")[-2:] == (
+            f"--device=cuda:{number - 1}",
+            "--spin-us=123",
+        )
     assert started.config.run_dir == str(run_dir)
 
 

@@ -47,14 +47,14 @@ sys.exit(3)
 """
 SUPERVISOR = """
 import logging, signal, sys
-from tokenloom.scheduler.supervise import Child, supervise
+from tokenloom.scheduler.supervise import Child, Restart, supervise
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 child, folder, kind = sys.argv[1:]
 def make(name, kind, stop_s):
     argv = (sys.executable, child, name, folder, kind)
-    restarts = kind == "restarting"
+    restart = Restart.ALONE if kind == "restarting" else Restart.NEVER
     return Child(
-        name=name, argv=argv, stop_s=stop_s, hurry_signal=signal.SIGINT, restarts=restarts
+        name=name, argv=argv, stop_s=stop_s, hurry_signal=signal.SIGINT, restart=restart
     )
 first = make("first", kind, 0.3 if kind == "deaf" else 60.0)
 sys.exit(supervise([[first], [make("second", "plain", 60.0)], [make("third", "plain", 60.0)]]))
