@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tokenloom.scheduler.core.watch import FACTOR, FIRST_STEP_S, StepWatch
+from tokenloom.scheduler.core.watch import FACTOR, FIRST_FACTOR, StepWatch
 
 FLOOR_S = 5.0
 
@@ -39,7 +39,7 @@ def test_short_steps_are_bound_by_the_floor_and_long_ones_by_their_kind() -> Non
 def test_the_first_step_of_a_kind_may_compile() -> None:
     watch = StepWatch(FLOOR_S)
     run(watch, 0.01)
-    assert due_s(watch, now=100.0, num_tokens=5000) == 100.0 + FIRST_STEP_S
+    assert due_s(watch, now=100.0, num_tokens=5000) == 100.0 + FIRST_FACTOR * FLOOR_S
 
 
 def test_one_slow_step_does_not_make_the_watch_blind() -> None:

@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
         finally:
             fronts.close()
             workers.close()
+            for endpoint in (config.core_endpoint, config.worker_endpoint):
+                Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
     return 0
 
 

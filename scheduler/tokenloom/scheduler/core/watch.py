@@ -2,7 +2,7 @@
 
 A hung collective ends nothing by itself, so the bound follows what steps took lately: steps of
 2 ms and of 20 s are both alright, and 20 s after 2 ms are not. The first step of a kind may compile
-kernels, which takes as long as it takes; it has a bound that only a hang passes.
+kernels, so it has several times as long as the others have at least.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TypeAlias
 FACTOR = 10.0
 """Of the recent time of steps of a kind: what a longer context or a busy host adds is less."""
 
-FIRST_STEP_S = 600.0
-"""For the first step of a kind."""
+FIRST_FACTOR = 6.0
+"""Of the least bound: for the first step of a kind."""
 
 LATE_S = 1.0
 """Who looks this much later than it wanted to was stopped itself, and the workers perhaps, too."""
@@ -56,7 +56,7 @@ class StepWatch:
         if not self._in_flight:
             return math.inf
         recent_s = self._recent_s.get(self._in_flight[0])
-        bound_s = FIRST_STEP_S if recent_s is None else FACTOR * recent_s
+        bound_s = FIRST_FACTOR * self._floor_s if recent_s is None else FACTOR * recent_s
         return self._begun_s + max(self._floor_s, bound_s)
 
     def is_overdue(self, now: float) -> bool:
