@@ -57,8 +57,11 @@ class Loom:
 
     def await_serving(self) -> None:
         """Waits until there are as many workers as there should be, and they serve."""
-        there = lambda: len(self.server.workers()) == self.num_ranks  # noqa: E731
-        wait_until(there, START_TIMEOUT_S, alive=self.server.scheduler)
+
+        def are_there() -> bool:
+            return len(self.server.workers()) == self.num_ranks
+
+        wait_until(are_there, START_TIMEOUT_S, alive=self.server.scheduler)
         self.server.client().close()
 
 

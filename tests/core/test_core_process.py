@@ -188,7 +188,7 @@ def test_a_fatal_request_fails_alone(kind: str) -> None:
             core.start_worker(*options)
         front.until(lambda: len(front.finished) == 13)
         assert front.finished[99].reason is FinishReason.CRASH
-        assert len(front.tokens.pop(99)) == 2
+        assert len(front.tokens.pop(99)) <= 2  # what was in flight died with the worker
         assert front.tokens == {s: expected(s, 300) for s in range(12)}
         assert front.inspect().violations == ()
 

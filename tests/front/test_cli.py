@@ -208,7 +208,8 @@ def test_scheduler_and_a_worker_started_on_its_own_serve(checkpoint: Path, tmp_p
             assert time.monotonic() < deadline
             time.sleep(0.02)
         with grpc.insecure_channel(address.read_text()) as channel:
-            request = pb.GenerateRequest(text="The quick", stopping=pb.Stopping(max_tokens=20))
+            stopping = pb.Stopping(max_tokens=20, ignore_eos=True)
+            request = pb.GenerateRequest(text="The quick", stopping=stopping)
             events = _generate_when_ready(InferenceStub(channel), request)
         assert events[0].HasField("admission")
         assert events[-1].finish.usage.num_completion_tokens == 20
