@@ -108,7 +108,6 @@ def main(endpoint: str, step_ms: str, vocab_size: str, report: str, spin_us: str
     status = serve(
         runner,
         endpoint=endpoint,
-        rank=0,
         device="fake",
         phases=Phases("imports", process_start_s()),
         spin_us=int(spin_us) if spin_us else None,

@@ -23,10 +23,10 @@ delays: list[tuple[float, float]] = []
 class TimedLoop(CoreLoop):
     """Notes when each result is taken up."""
 
-    def _on_step_done(self, done: StepDone) -> None:
+    def _on_step_done(self, rank: int, done: StepDone) -> None:
         now_s = time.monotonic()
         delays.append((now_s, now_s - done.compute_s))
-        super()._on_step_done(done)
+        super()._on_step_done(rank, done)
 
 
 def main(report: str, config: str) -> int:

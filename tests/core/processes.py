@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -152,18 +151,30 @@ class CoreProcess:
         self.run_dir = Path(tempfile.mkdtemp(prefix="loom-"))
         self.config = SchedulerConfig(model="fake", run_dir=str(self.run_dir), **options)  # type: ignore[arg-type]
         self.context = zmq.Context()
-        self.process = self._start("tokenloom.scheduler.core", self.config.to_json())
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tokenloom.scheduler.core", self.config.to_json()],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.workers: list[subprocess.Popen[bytes]] = []
 
-    def _start(self, module: str, *args: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", module, *args], env=ENVIRONMENT)
-
     def start_worker(self, *args: str) -> subprocess.Popen[bytes]:
-        worker = self._start(
-            "tokenloom.worker.fake", "--connect", self.config.worker_endpoint, *args
+        command = [sys.executable, "-m", "tokenloom.worker.fake"]
+        worker = subprocess.Popen(
+            [*command, "--connect", self.config.worker_endpoint, *args], env=ENVIRONMENT
         )
         self.workers.append(worker)
         return worker
+
+    def until_told(self, word: str) -> set[int]:
+        """Waits for a line of the core's standard output; returns the processes that it names."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            first, *pids = line.split()
+            if first == word:
+                return {int(pid) for pid in pids}
+        raise RuntimeError(f"the core ended without a word of {word}")
 
     def front(self) -> FrontSocket:
         return FrontSocket(self.context, self.config.core_endpoint)
@@ -182,9 +193,10 @@ class CoreProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for process in (self.process, *self.workers):
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+        for process in self.workers:
+            process.kill()
             process.wait()
+        self.process.kill()
+        self.process.communicate()
         self.context.destroy(linger=0)
         shutil.rmtree(self.run_dir)

@@ -132,6 +132,83 @@ def test_fronts_hear_of_a_dead_worker_before_another_comes() -> None:
         assert front.tokens[1] == expected(1, 100)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_group_that_loses_a_rank_is_told_to_leave_and_the_next_goes_on(victim: int) -> None:
+    with CoreProcess(tensor_parallel=2) as core:
+        ranks = [core.start_worker("--step-ms", "5") for _ in range(2)]
+        front = core.ready_front()
+        assert core.until_told("serving") == {rank.pid for rank in ranks}
+        front.send(*(submit(s, PROMPTS[s], 100, s) for s in range(12)))
+        front.until(lambda: len(front.tokens.get(11, [])) > 10)
+        ranks[victim].kill()
+        assert core.until_told("lost") == {rank.pid for rank in ranks}
+        ranks[1 - victim].wait(60)
+        for _ in range(2):
+            core.start_worker()
+        front.until(lambda: len(front.finished) == 12)
+        assert front.tokens == {s: expected(s, 100) for s in range(12)}
+        inspection = front.inspect()
+        assert inspection.epoch == 2
+        assert inspection.violations == ()
+        assert inspection.num_free_blocks == inspection.num_blocks
+
+
+def test_a_rank_that_stands_still_is_told_to_whoever_can_kill_it() -> None:
+    with CoreProcess(tensor_parallel=2, step_timeout_s=0.5) as core:
+        ranks = [core.start_worker("--step-ms", "5") for _ in range(2)]
+        front = core.ready_front()
+        front.send(submit(1, PROMPTS[1], 3000, 1))
+        front.until(lambda: len(front.tokens.get(1, [])) > 10)
+        ranks[1].send_signal(signal.SIGSTOP)
+        assert core.until_told("lost") == {rank.pid for rank in ranks}
+        front.until(lambda: front.num_lost == 1)
+
+
+def test_an_idle_worker_that_stands_still_is_noticed() -> None:
+    with CoreProcess(heartbeat_timeout_s=0.5) as core:
+        worker = core.start_worker()
+        front = core.ready_front()
+        worker.send_signal(signal.SIGSTOP)
+        assert core.until_told("lost") == {worker.pid}
+        front.until(lambda: front.num_lost == 1)
+
+
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+def test_a_fatal_request_fails_alone(kind: str) -> None:
+    fatal = 400
+    with CoreProcess() as core:
+        options = ("--fatal-token-id", str(fatal), "--fatal-index", "2", "--crash", kind)
+        core.start_worker("--step-ms", "1", *options)
+        front = core.ready_front()
+        front.send(*(submit(s, PROMPTS[s], 300, s) for s in range(12)))
+        front.until(lambda: len(front.tokens.get(11, [])) > 2)
+        front.send(submit(99, [fatal], 50))
+        for num_lost in (1, 2, 3):
+            front.until(lambda lost=num_lost: front.num_lost == lost)  # type: ignore[misc]
+            core.start_worker(*options)
+        front.until(lambda: len(front.finished) == 13)
+        assert front.finished[99].reason is FinishReason.CRASH
+        assert len(front.tokens.pop(99)) <= 2  # what was in flight died with the worker
+        assert front.tokens == {s: expected(s, 300) for s in range(12)}
+        assert front.inspect().violations == ()
+
+
+def test_one_crash_too_many_ends_the_core_with_the_numbers(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with CoreProcess(max_crashes=1) as core:
+        front = core.front()
+        for num_lost in (1, 2):
+            worker = core.start_worker()
+            front.until(lambda: front.ready is not None)
+            worker.kill()
+            front.until(lambda lost=num_lost: front.num_lost == lost)  # type: ignore[misc]
+        assert core.process.wait(60) == 1
+        errors = capfd.readouterr().err
+        assert "2 groups of workers were lost within 600 s" in errors
+        assert "at most 1 may be" in errors
+
+
 def test_an_idle_worker_that_dies_is_noticed() -> None:
     with CoreProcess() as core:
         worker = core.start_worker()
@@ -146,7 +223,7 @@ def test_a_worker_that_offers_too_little_is_told_to_leave(offer: dict[str, int])
         worker = core.context.socket(zmq.DEALER)
         worker.connect(core.config.worker_endpoint)
         worker.send(
-            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu"))
+            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, pid=1, device="cpu", address=""))
         )
         configure = codec.decode_to_worker(worker.recv())
         assert isinstance(configure, Configure)
@@ -191,8 +268,8 @@ def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
             codec.encode(done)[:-5],
             codec.encode(done),
             codec.encode(Progress(epoch=1, phase="loading", fraction=0.5)),
-            codec.encode(Hello(protocol_version=99, rank=0, pid=1, device="cpu")),
-            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu")),
+            codec.encode(Hello(protocol_version=99, pid=1, device="cpu", address="")),
+            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, pid=1, device="cpu", address="")),
         ]
         for frame in frames:
             stranger.send(frame)

@@ -10,10 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 import zmq
 
 from tests.core.processes import FrontSocket
@@ -26,19 +28,13 @@ START_TIMEOUT_S = 120.0
 class Server:
     """`tokenloom serve`, or `tokenloom scheduler` with fake workers, until the end of `with`."""
 
-    def __init__(self, command: str, *options: str) -> None:
+    def __init__(self, *arguments: str, module: str = "tokenloom.scheduler") -> None:
         self.run_dir = Path(tempfile.mkdtemp(prefix="loom-"))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.context = zmq.Context()
-        self.scheduler = self.start(
-            "tokenloom.scheduler",
-            command,
-            *options,
-            "--listen",
-            "127.0.0.1:0",
-            "--run-dir",
-            str(self.run_dir),
-        )
+        here = ("--listen=127.0.0.1:0", f"--run-dir={self.run_dir}")
+        command, *rest = arguments
+        self.scheduler = self.start(module, command, *here, *rest)
 
     @classmethod
     def of_model(cls, model: Path, *options: str) -> Self:
@@ -51,6 +47,12 @@ class Server:
         server = cls("scheduler", "--model", str(model), *options)
         server.start_fake_worker(*worker)
         return server
+
+    @classmethod
+    def of_fakes(cls, model: Path, *options: str, worker: tuple[str, ...] = ()) -> Self:
+        """Serves a checkpoint's tokenizer with fake workers that are started again as real ones."""
+        arguments = (str(model), "--device=cpu", *options, "--", *worker)
+        return cls("serve", *arguments, module="tests.chaos.fake_serve")
 
     def start(self, module: str, *args: str) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -98,6 +100,15 @@ class Server:
         inspection = self.wait_idle()
         assert inspection.violations == ()
         assert inspection.num_free_blocks == inspection.num_blocks > 0
+
+    def workers(self) -> list[psutil.Process]:
+        """Returns the workers that the server started and that live."""
+        found = []
+        for child in psutil.Process(self.scheduler.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if any(part.startswith("tokenloom.worker") for part in child.cmdline()):
+                    found.append(child)
+        return sorted(found, key=lambda child: child.pid)
 
     def stop(self) -> int:
         """Sends SIGTERM and returns the exit code."""

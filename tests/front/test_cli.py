@@ -96,6 +96,11 @@ def test_every_field_of_the_configuration_has_an_option(
         "max_stream_buffer_tokens": 9,
         "spin_us": 123,
         "grace_s": 1.5,
+        "tensor_parallel": 2,
+        "step_timeout_s": 2.5,
+        "heartbeat_timeout_s": 3.5,
+        "max_crashes": 0,
+        "crash_window_s": 4.5,
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
@@ -112,7 +117,11 @@ def test_every_field_of_the_configuration_has_an_option(
     host, port = started.config.listen.split(":")
     assert host == "0.0.0.0"
     assert int(port) > 0  # known before two fronts share it
-    assert "--spin-us=123" in started.argv("worker")
+    for number in (1, 2):
+        assert started.argv(f"worker {number}")[-2:] == (
+            f"--device=cuda:{number - 1}",
+            "--spin-us=123",
+        )
     assert started.config.run_dir == str(run_dir)
 
 
@@ -199,7 +208,8 @@ def test_scheduler_and_a_worker_started_on_its_own_serve(checkpoint: Path, tmp_p
             assert time.monotonic() < deadline
             time.sleep(0.02)
         with grpc.insecure_channel(address.read_text()) as channel:
-            request = pb.GenerateRequest(text="The quick", stopping=pb.Stopping(max_tokens=20))
+            stopping = pb.Stopping(max_tokens=20, ignore_eos=True)
+            request = pb.GenerateRequest(text="The quick", stopping=stopping)
             events = _generate_when_ready(InferenceStub(channel), request)
         assert events[0].HasField("admission")
         assert events[-1].finish.usage.num_completion_tokens == 20

@@ -42,22 +42,33 @@ note("start")
 if os.path.exists(f"{folder}/{name}.code"):
     sys.exit(int(open(f"{folder}/{name}.code").read()))
 while not os.path.exists(f"{folder}/{name}.die"):
+    if kind == "telling" and os.path.exists(f"{folder}/say"):
+        print(open(f"{folder}/say").read(), flush=True)
+        os.remove(f"{folder}/say")
     time.sleep(0.01)
 sys.exit(3)
 """
 SUPERVISOR = """
 import logging, signal, sys
-from tokenloom.scheduler.supervise import Child, supervise
+from tokenloom.scheduler.supervise import Child, Restart, supervise
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 child, folder, kind = sys.argv[1:]
-def make(name, kind, stop_s):
-    argv = (sys.executable, child, name, folder, kind)
-    restarts = kind == "restarting"
+RESTARTS = {"restarting": Restart.ALONE, "together": Restart.TOGETHER}
+def make(name, kind, stop_s=60.0):
     return Child(
-        name=name, argv=argv, stop_s=stop_s, hurry_signal=signal.SIGINT, restarts=restarts
+        name=name,
+        argv=(sys.executable, child, name, folder, kind),
+        stop_s=stop_s,
+        hurry_signal=signal.SIGINT,
+        restart=RESTARTS.get(kind, Restart.NEVER),
+        tells=kind == "telling",
     )
-first = make("first", kind, 0.3 if kind == "deaf" else 60.0)
-sys.exit(supervise([[first], [make("second", "plain", 60.0)], [make("third", "plain", 60.0)]]))
+if kind == "together":
+    stages = [[make("first", "telling")], [make("second", kind), make("third", kind)]]
+else:
+    first = make("first", kind, 0.3 if kind == "deaf" else 60.0)
+    stages = [[first], [make("second", "plain")], [make("third", "plain")]]
+sys.exit(supervise(stages))
 """
 NAMES = ("first", "second", "third")
 
@@ -93,6 +104,20 @@ class Supervised:
     def ended(self) -> tuple[int, str]:
         _, errors = self.process.communicate(timeout=30)
         return self.process.returncode, errors
+
+    def say(self, word: str, *names: str) -> None:
+        """Has the first child tell of others."""
+        pids = [(self.folder / f"{name}.pid").read_text() for name in names]
+        (self.folder / "draft").write_text(" ".join((word, *pids)))
+        (self.folder / "draft").rename(self.folder / "say")
+
+    def until_started_again(self, *names: str) -> None:
+        for name in names:
+            self.until(f"{name} start")
+        for place, name in enumerate(NAMES):
+            if name in names:
+                pid = int((self.folder / f"{name}.pid").read_text())
+                self.children[place] = psutil.Process(pid)
 
     def no_child_is_left(self) -> bool:
         gone, _ = psutil.wait_procs(self.children, timeout=20)
@@ -180,6 +205,53 @@ def test_a_child_that_cannot_run_ends_everything(
     assert supervised.ended()[0] == (2 if code == 2 else 1)
     assert supervised.log.count("first start") == num_starts
     assert "third int" in supervised.log
+
+
+@pytest.mark.parametrize("kind", ["together"])
+@pytest.mark.parametrize("victim", [1, 2])
+def test_who_starts_together_is_killed_together_and_the_others_go_on(
+    supervised: Supervised, victim: int
+) -> None:
+    other = supervised.children[3 - victim]
+    other.suspend()  # as one that waits for the victim and hears nothing
+    supervised.log_file.unlink()
+    supervised.children[victim].kill()
+    supervised.until_started_again("second", "third")
+    assert not other.is_running()
+    assert sorted(supervised.log) == ["second start", "third start"]
+    supervised.process.send_signal(signal.SIGTERM)
+    code, errors = supervised.ended()
+    assert code == 0
+    assert errors.count("it starts again") == 1
+    assert supervised.no_child_is_left()
+
+
+@pytest.mark.parametrize("kind", ["together"])
+def test_a_child_that_stands_still_is_killed_by_the_word_of_another(
+    supervised: Supervised,
+) -> None:
+    supervised.children[1].suspend()
+    supervised.log_file.unlink()
+    supervised.say("lost", "first", "second")
+    supervised.until_started_again("second", "third")
+    assert supervised.children[0].is_running()  # who does not start again is not killed
+    supervised.process.kill()
+    assert supervised.no_child_is_left()
+
+
+@pytest.mark.parametrize("kind", ["together"])
+def test_only_deaths_since_the_last_word_of_serving_count(supervised: Supervised) -> None:
+    for _ in range(8):
+        supervised.say("serving", "second", "third")
+        while (supervised.folder / "say").exists():
+            time.sleep(0.01)
+        supervised.log_file.unlink()
+        supervised.children[1].kill()
+        supervised.until_started_again("second", "third")
+    assert supervised.process.poll() is None
+    (supervised.folder / "second.code").write_text("3")
+    supervised.children[1].kill()
+    assert supervised.ended()[0] == 1
 
 
 def test_a_killed_child_is_told_by_its_signal(supervised: Supervised) -> None:

@@ -1,7 +1,8 @@
 """A whole scheduler core and a fake worker under virtual time, from one seed.
 
 Everything random comes from the seed: sizes, arrivals, prompts (many share a
-prefix), lengths, stops, aborts, faults, the worker's delays and its deaths.
+prefix), lengths, stops, aborts, faults, the worker's delays, its deaths, and requests that
+kill it.
 The world checks what design.md promises, and raises Broken with the seed.
 
     python -m tests.simulation SEED     replays a seed and prints its trace
@@ -19,14 +20,15 @@ import msgspec
 import numpy as np
 
 from tests.core.processes import sampling
-from tokenloom.scheduler.core import admission, applying, planning
+from tokenloom.scheduler.core import admission, applying, crashes, planning
 from tokenloom.scheduler.core.state import FrontOutputs, Limits, ModelSpec, State
 from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop, Submit
 from tokenloom.wire.messages import Configure, SamplingParams, Step
-from tokenloom.worker.fake import FakeConfig, FakeModel, expected_tokens
+from tokenloom.worker.fake import FakeConfig, FakeCrash, FakeModel, expected_tokens
 
 EOS = 1
 FAULTY = 2
+FATAL = 3
 MAX_STEPS_IN_FLIGHT = 2
 NUM_FRONTS = 2
 NO_DURATIONS = (0.0, -1.0, math.inf, math.nan)
@@ -55,6 +57,8 @@ class Caller:
     tokens: list[int] = field(default_factory=list)
     admitted: bool = False
     left: bool = False
+    deaths: list[bool] = field(default_factory=list)
+    """For each death of the worker with a step of it in flight: whether it was alone."""
     end: FinishReason | RefusalReason | None = None
 
 
@@ -79,6 +83,8 @@ class World:
             eos_token_id=EOS,
             eos_period=draw.choice([8, 40]),
             faulty_token_id=FAULTY,
+            fatal_token_id=FATAL,
+            fatal_index=draw.choice([0, 0, 2]),
         )
         self.limits = Limits(
             max_num_requests=max_num_requests,
@@ -93,7 +99,10 @@ class World:
         self.epoch = 0
         self.now = 0.0
         self.worker_free_s = 0.0
-        self.death_rate = draw.choice([0.0, 0.0, 0.01])
+        self.death_rate = draw.choice([0.0, 0.0, 0.01, 0.1])
+        self.fatal_rate = draw.choice([0.0, 0.0, 0.1])
+        self.is_dying = False
+        """The worker computes a step that kills it."""
         self.callers: dict[tuple[int, int], Caller] = {}
         self.arrival_order: list[tuple[int, int]] = []
         self.admission_order: list[tuple[int, int]] = []
@@ -141,6 +150,7 @@ class World:
                 epoch=self.epoch,
                 rank=0,
                 world_size=1,
+                rendezvous="",
                 model="fake",
                 dtype="auto",
                 quantize="none",
@@ -153,6 +163,7 @@ class World:
             )
         )
         self.worker_free_s = self.now
+        self.is_dying = False
         admission.begin_epoch(self.state, ModelSpec.of(ready))
         self.trace(f"{self.now:8.3f} epoch {self.epoch}")
 
@@ -174,7 +185,7 @@ class World:
                 )
 
     def _tokens(self, count: int) -> list[int]:
-        return [self.random.randrange(3, self.fake.vocab_size) for _ in range(count)]
+        return [self.random.randrange(4, self.fake.vocab_size) for _ in range(count)]
 
     def _caller(self, stream: int, prompt: list[int], arrived_s: float) -> Caller:
         draw = self.random
@@ -184,6 +195,8 @@ class World:
             max_tokens = self.fake.max_model_tokens  # more than anybody may have
         if draw.random() < 0.05:
             prompt = [*prompt[:-1], FAULTY]
+        elif draw.random() < self.fatal_rate:
+            prompt = [*prompt[:-1], FATAL]
         stop_ids = draw.choice([(), (EOS,), (EOS, 7, 9)])
         params = sampling(
             seed=draw.randrange(2**64),
@@ -259,29 +272,54 @@ class World:
             f"lengths {np.frombuffer(step.span_lengths, np.int32).tolist()} "
             f"admits {[admit.slot for admit in step.admitted]}"
         )
-        done = self.worker.step(step)
+        if self.is_dying:
+            return
+        epoch = self.epoch
+        try:
+            done = self.worker.step(step)
+        except FakeCrash:
+            self.is_dying = True
+
+            def die() -> None:
+                if epoch == self.epoch:
+                    self._lose_group()
+
+            self._at(max(self.now, self.worker_free_s) - self.now + 0.1, die)
+            return
         begin = max(self.now, self.worker_free_s)
         compute_s = self.random.choice([0.001, 0.01, 0.1])
         self.worker_free_s = begin + compute_s
         # A worker's word need not be true, or even a duration.
         told_s = self.random.choice([compute_s, compute_s, *NO_DURATIONS])
         done = msgspec.structs.replace(done, compute_s=told_s)
-        epoch = self.epoch
 
         def arrive() -> None:
             if epoch == self.epoch:
                 applying.apply(self.state, done, self.now)
                 if self.random.random() < self.death_rate:
-                    self._kill_worker()
+                    self._lose_group()
 
         self._at(self.worker_free_s - self.now, arrive)
 
-    def _kill_worker(self) -> None:
+    def _lose_group(self) -> None:
+        """A worker died, for a reason of its own or by what it computed."""
         self.trace(f"{self.now:8.3f} the worker dies")
         self.epoch += 1
-        admission.end_epoch(self.state)
+        in_step = self._in_flight()
+        for caller in in_step:
+            caller.deaths.append(len(in_step) == 1)
+        crashes.lose_group(self.state)
         self._check()
         self._at(self.random.random(), self._start_worker)
+
+    def _in_flight(self) -> list[Caller]:
+        """Returns those whom the worker computes for."""
+        slots, callers = self.state.slots, []
+        for request in self.state.requests.values():
+            tenure = None if slots is None or request.slot is None else slots.tenure[request.slot]
+            if any(tenure in record.tenures for record in self.state.in_flight):
+                callers.append(self.callers[request.front, request.stream])
+        return callers
 
     # Judging
 
@@ -361,6 +399,9 @@ class World:
                 right = caller.left
             case FinishReason.FAULT:
                 right = caller.prompt[-1] == FAULTY and not tokens
+            case FinishReason.CRASH:
+                right = len(caller.deaths) > 2 and caller.deaths[-1]
+                right = right and (self.death_rate > 0 or caller.prompt[-1] == FATAL)
             case _:
                 right = False
         if not right:

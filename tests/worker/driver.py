@@ -66,6 +66,7 @@ def configuration(
         epoch=epoch,
         rank=0,
         world_size=1,
+        rendezvous="",
         model=model,
         dtype=dtype,
         quantize=quantize,

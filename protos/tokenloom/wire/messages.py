@@ -1,12 +1,12 @@
-"""The step protocol: what the core and a worker say to each other.
+"""The step protocol: what the core and each rank of a group say to each other.
 
     worker                         core
       │ ── Hello ───────────────────▶ │   who I am
-      │ ◀─────────────── Configure ── │   what to load
+      │ ◀─────────────── Configure ── │   once all have come: your rank, what to load
       │ ── Progress … ──────────────▶ │   how far the loading is
       │ ── Ready ───────────────────▶ │   what I can hold
-      │ ◀──────────────────── Step ── │   two may be in flight
-      │ ── StepDone ────────────────▶ │   in the order of the steps
+      │ ◀──────────────────── Step ── │   the same to all ranks; two may be in flight
+      │ ── StepDone ────────────────▶ │   from rank 0 alone, in the order of the steps
       │ ◀──────────────── Shutdown ── │
 
 A message is a msgspec struct, array-like and tagged, so a frame is a compact
@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class _Message(
@@ -34,9 +34,10 @@ class Hello(_Message, frozen=True):
     """First frame of a worker process."""
 
     protocol_version: int
-    rank: int
     pid: int
     device: str
+    address: str
+    """`HOST:PORT` where it listens for other ranks; empty: it can be the only one."""
 
 
 class Configure(_Message, frozen=True):
@@ -45,6 +46,8 @@ class Configure(_Message, frozen=True):
     epoch: int
     rank: int
     world_size: int
+    rendezvous: str
+    """`HOST:PORT` of rank 0's store, where all ranks of the epoch meet; empty: it is alone."""
     model: str
     """A local folder or a Hub id."""
     dtype: str
@@ -92,7 +95,7 @@ class Ready(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """The worker cannot go on: the configuration is refused or a step broke it."""
+    """The worker cannot go on, and so its group: it cannot load, or a step broke it."""
 
     epoch: int
     error: str

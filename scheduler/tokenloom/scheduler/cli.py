@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.ports import shared_port
-from tokenloom.scheduler.supervise import Child, supervise
+from tokenloom.scheduler.supervise import Child, Restart, supervise
 
 _MAX_SOCKET_PATH_BYTES = 107
 """What Linux takes as the path of a Unix socket."""
@@ -69,6 +69,15 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
         ),
     ),
     ("grace_s", float, "seconds that running requests may take to finish after SIGTERM"),
+    ("tensor_parallel", int, "workers that hold the model together, each on a GPU of its own"),
+    (
+        "step_timeout_s",
+        float,
+        "seconds after which a step counts as hung, unless such steps took long before",
+    ),
+    ("heartbeat_timeout_s", float, "seconds without an answer after which a worker is lost"),
+    ("max_crashes", int, "losses of workers that are made good; one more ends the server"),
+    ("crash_window_s", float, "seconds within which they count"),
 )
 _WORKER_OPTIONS = (
     ("device", "DEVICE", "auto, cpu, cuda or cuda:N"),
@@ -84,9 +93,9 @@ _WORKER_OPTIONS = (
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Serves a model on this machine: front, core and one worker. Returns the exit code."""
+    """Serves a model on this machine: fronts, core and workers. Returns the exit code."""
     parser = _parser(
-        "serve", "Serves a model on this machine: a gRPC server, the scheduler's core, one worker."
+        "serve", "Serves a model on this machine: a gRPC server, the scheduler's core, workers."
     )
     parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
     parser.add_argument(
@@ -108,13 +117,17 @@ def serve(argv: Sequence[str]) -> int:
     worker_options = [
         f"{_flag(name)}={getattr(args, name)}"
         for name, _, _ in _WORKER_OPTIONS
-        if getattr(args, name) is not None
+        if name != "device" and getattr(args, name) is not None
     ]
     if args.no_cuda_graphs:
         worker_options.append("--no-cuda-graphs")
     if args.spin_us is not None:
         worker_options.append(f"--spin-us={args.spin_us}")
-    return _run(args, worker_options)
+    try:
+        devices = _devices(args.device, args.tensor_parallel)
+    except ConfigError as error:
+        return _refuse(str(error))
+    return _run(args, [[*device, *worker_options] for device in devices])
 
 
 def scheduler(argv: Sequence[str]) -> int:
@@ -129,7 +142,19 @@ def scheduler(argv: Sequence[str]) -> int:
         "--run-dir", required=True, help="folder of mode 700 for sockets; made if absent"
     )
     _add_scheduler_options(parser)
-    return _run(parser.parse_args(argv), worker_options=None)
+    return _run(parser.parse_args(argv), [])
+
+
+def _devices(given: str | None, num_workers: int) -> list[list[str]]:
+    """Returns the option that tells each worker its device. Raises ConfigError."""
+    if num_workers <= 1 or given == "cpu":
+        return [[] if given is None else [f"--device={given}"]] * num_workers
+    if given not in {None, "auto", "cuda"}:
+        raise ConfigError(
+            f"device is {given} and tensor_parallel is {num_workers}; several workers take cpu, or "
+            "cuda for a GPU each, from the first on"
+        )
+    return [[f"--device=cuda:{index}"] for index in range(num_workers)]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -169,7 +194,8 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(args: argparse.Namespace, worker_options: list[str] | None) -> int:
+def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
+    """Runs the scheduler, and a worker with each of the given options."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -188,13 +214,15 @@ def _run(args: argparse.Namespace, worker_options: list[str] | None) -> int:
             if config.num_fronts > 1:
                 listen = held.enter_context(shared_port(config.listen))
                 config = replace(config, listen=listen)
-            return supervise(_stages(config, worker_options))
+            python = (sys.executable, "-m", "tokenloom.worker")
+            connect = f"--connect={config.worker_endpoint}"
+            return supervise(stages(config, [(*python, connect, *each) for each in workers]))
     except ConfigError as error:
         return _refuse(str(error))
 
 
-def _stages(config: SchedulerConfig, worker_options: list[str] | None) -> list[list[Child]]:
-    """Returns the processes in the order in which they end."""
+def stages(config: SchedulerConfig, workers: Sequence[tuple[str, ...]]) -> list[list[Child]]:
+    """Returns the processes in the order in which they end; `workers` are command lines."""
     python = (sys.executable, "-m")
     fronts = [
         Child(
@@ -202,7 +230,7 @@ def _stages(config: SchedulerConfig, worker_options: list[str] | None) -> list[l
             argv=(*python, "tokenloom.scheduler.front", config.to_json()),
             stop_s=config.grace_s + _STOP_S,
             hurry_signal=signal.SIGUSR1,
-            restarts=True,
+            restart=Restart.ALONE,
         )
         for number in range(1, config.num_fronts + 1)
     ]
@@ -210,12 +238,18 @@ def _stages(config: SchedulerConfig, worker_options: list[str] | None) -> list[l
         name="core",
         argv=(*python, "tokenloom.scheduler.core", config.to_json()),
         stop_s=_STOP_S,
+        tells=bool(workers),
     )
-    if worker_options is None:
-        return [fronts, [core]]
-    argv = (*python, "tokenloom.worker", f"--connect={config.worker_endpoint}")
-    worker = Child(name="worker", argv=(*argv, *worker_options), stop_s=_STOP_S)
-    return [fronts, [core], [worker]]
+    ranks = [
+        Child(
+            name="worker" if len(workers) == 1 else f"worker {number}",
+            argv=argv,
+            stop_s=_STOP_S,
+            restart=Restart.TOGETHER,
+        )
+        for number, argv in enumerate(workers, start=1)
+    ]
+    return [fronts, [core], ranks]
 
 
 def _check_model(model: str) -> None:

@@ -11,6 +11,22 @@ import msgspec
 QUANTIZE_NAMES = ("none", "nf4", "fp4", "int8")
 KV_CACHE_NAMES = ("auto", "fp8")
 
+_LEAST = {
+    0: ("spin_us", "grace_s", "max_crashes"),
+    1: (
+        "num_fronts",
+        "tensor_parallel",
+        "max_num_requests",
+        "max_mixed_prompt_tokens",
+        "max_waiting_requests",
+        "max_waiting_tokens",
+        "max_stream_buffer_tokens",
+    ),
+    2: ("max_model_tokens",),
+}
+"""The least value of each field that has one."""
+_DURATIONS = ("step_timeout_s", "heartbeat_timeout_s", "crash_window_s")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -27,6 +43,8 @@ class SchedulerConfig:
     num_fronts: int = 1
     """Processes that speak gRPC, on one port. With more than one, `listen` names a port that
     the supervisor holds for them."""
+    tensor_parallel: int = 1
+    """Workers that hold the model together."""
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`, or `auto` for the checkpoint's own."""
     quantize: str = "none"
@@ -60,19 +78,24 @@ class SchedulerConfig:
     None: as the host allows."""
     grace_s: float = 30.0
     """After SIGTERM: how long running requests may take to finish."""
+    step_timeout_s: float = 20.0
+    """A step counts as hung after this, or after a multiple of what such steps took lately."""
+    heartbeat_timeout_s: float = 10.0
+    """A worker that has not answered for so long counts as lost."""
+    max_crashes: int = 3
+    """Losses of workers within `crash_window_s`; one more ends the server."""
+    crash_window_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_fronts",
-            "max_num_requests",
-            "max_mixed_prompt_tokens",
-            "max_waiting_requests",
-            "max_waiting_tokens",
-            "max_stream_buffer_tokens",
-        ):
+        for least, names in _LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        for name in _DURATIONS:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; it must be a positive number")
         if self.quantize not in QUANTIZE_NAMES:
             raise ConfigError(
                 f"quantize is {self.quantize!r}; it must be one of {', '.join(QUANTIZE_NAMES)}"
@@ -95,12 +118,6 @@ class SchedulerConfig:
                 f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
                 "a Unix socket has one front, only a port can be shared"
             )
-        if self.max_model_tokens is not None and self.max_model_tokens < 2:
-            raise ConfigError(f"max_model_tokens is {self.max_model_tokens}; it must be at least 2")
-        if self.spin_us is not None and self.spin_us < 0:
-            raise ConfigError(f"spin_us is {self.spin_us}; it must not be negative")
-        if self.grace_s < 0:
-            raise ConfigError(f"grace_s is {self.grace_s}; it must not be negative")
 
     @property
     def name(self) -> str:

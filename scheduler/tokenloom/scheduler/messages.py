@@ -45,6 +45,8 @@ class FinishReason(StrEnum):
     """The front sent Abort."""
     FAULT = "fault"
     """The model's numbers for this request were not finite."""
+    CRASH = "crash"
+    """The request broke its worker again and again, the last time while it ran alone."""
     NO_ROOM = "no_room"
     """The worker was lost, and the next one's KV pool is too small for the request."""
 
@@ -107,7 +109,7 @@ class Commands(_Message, frozen=True):
 
 
 class ModelReady(_Message, frozen=True):
-    """A worker group serves the model."""
+    """A group serves the model."""
 
     epoch: int
     vocab_size: int
@@ -116,11 +118,11 @@ class ModelReady(_Message, frozen=True):
     block_size: int
     num_blocks: int
     phases: tuple[tuple[str, float], ...] = ()
-    """What it took the worker to get ready, in seconds."""
+    """What it took the slowest rank to get ready, in seconds."""
 
 
 class ModelLost(_Message, frozen=True):
-    """The worker group is gone; requests wait for the next epoch."""
+    """The group is gone; requests wait for the next epoch."""
 
     reason: str
 

@@ -9,6 +9,12 @@ of the stages after it. They start the other way round.
 
 A child that dies by itself ends everything, and the exit code says so, unless it may be
 started again. No child survives the supervisor, not even one that is killed.
+
+A process that stands still dies only when its parent kills it. So a child that knows of others
+tells on its standard output, a line each, what became of processes that it names by their ids:
+
+    serving PID…   they are well: deaths before do not count any more
+    lost PID…      those that are children here are killed, and so start again
 """
 
 from __future__ import annotations
@@ -24,22 +30,35 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
+from typing import IO, TypeAlias
 
 _PR_SET_PDEATHSIG = 1
 """<linux/prctl.h>: the signal that a process gets when its parent ends."""
 _KILL_S = 5.0
 """How long anything may take to end once time is up, before it is killed."""
 _FIRST_PAUSE_S = 0.1
-"""Before a child that died starts again; each further death in a row doubles it."""
+"""Before what died starts again; each further death in a row doubles it."""
 _MAX_DEATHS = 6
-"""Of one child in a row; this many end everything."""
+"""Of the same in a row; this many end everything."""
 _STEADY_S = 30.0
-"""A child that lived this long begins a new row of deaths."""
+"""A child that starts again alone and lived this long begins a new row of deaths."""
 UNUSABLE_OPTIONS = 2
 """The exit code of a process that refuses its options or its configuration."""
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 _log = logging.getLogger(__name__)
+
+
+class Restart(Enum):
+    """What the death of a child means for the others."""
+
+    NEVER = auto()
+    """All end."""
+    ALONE = auto()
+    """They go on, and it starts again."""
+    TOGETHER = auto()
+    """The rest of its stage is killed, and all of the stage starts again; the others go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +71,9 @@ class Child:
     """How long it may take to end after SIGTERM; then it is killed."""
     hurry_signal: signal.Signals = signal.SIGTERM
     """Ends it without its grace period."""
-    restarts: bool = False
-    """Whether the others go on when it dies, and it is started again."""
+    restart: Restart = Restart.NEVER
+    tells: bool = False
+    """Whether its standard output says what became of others."""
 
 
 def supervise(stages: Sequence[Sequence[Child]]) -> int:
@@ -68,19 +88,24 @@ def supervise(stages: Sequence[Sequence[Child]]) -> int:
         processes = _Processes(stages, wait)
         try:
             processes.start()
-            dead = processes.wait_for_signal()
-            if dead is not None:
-                code = processes.forget(dead)
+            code = processes.wait_for_signal()
+            if code is not None:
                 processes.stop(in_hurry=True)
-                return UNUSABLE_OPTIONS if code == UNUSABLE_OPTIONS else 1
+                return code
             return 0 if processes.stop(in_hurry=False) else 1
         finally:
             processes.kill()
 
 
+_Wait: TypeAlias = Callable[..., set[int]]
+
+
 @contextmanager
-def _wakeup() -> Iterator[Callable[[float | None], set[int]]]:
-    """Yields `wait(timeout_s)`, which returns the numbers of signals that came."""
+def _wakeup() -> Iterator[_Wait]:
+    """Yields `wait(timeout_s, *files)`, which returns the numbers of signals that came.
+
+    It also returns when one of the files can be read.
+    """
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
@@ -88,9 +113,9 @@ def _wakeup() -> Iterator[Callable[[float | None], set[int]]]:
     numbers = (*_STOP_SIGNALS, signal.SIGCHLD)
     old_actions = {number: signal.signal(number, lambda *_: None) for number in numbers}
 
-    def wait(timeout_s: float | None) -> set[int]:
-        ready, _, _ = select.select([reader], [], [], timeout_s)
-        return set(os.read(reader, 4096)) if ready else set()
+    def wait(timeout_s: float | None, *files: int) -> set[int]:
+        ready, _, _ = select.select([reader, *files], [], [], timeout_s)
+        return set(os.read(reader, 4096)) if reader in ready else set()
 
     try:
         yield wait
@@ -102,26 +127,31 @@ def _wakeup() -> Iterator[Callable[[float | None], set[int]]]:
         os.close(writer)
 
 
-@dataclass(kw_only=True)
-class _Deaths:
-    """How often a child that may be started again has died in a row."""
+@dataclass(kw_only=True, eq=False)
+class _Unit:
+    """Children that start again together, and how often they have died in a row."""
 
-    num: int = 0
+    children: tuple[Child, ...]
+    num_deaths: int = 0
     started_s: float = 0.0
     due_s: float | None = None
-    """When it starts again; None: it runs."""
+    """When they start again; None: they run."""
+
+    @property
+    def restart(self) -> Restart:
+        return self.children[0].restart
 
 
 class _Processes:
     """The children's processes, in the order in which they end."""
 
-    def __init__(
-        self, stages: Sequence[Sequence[Child]], wait: Callable[[float | None], set[int]]
-    ) -> None:
+    def __init__(self, stages: Sequence[Sequence[Child]], wait: _Wait) -> None:
         self._stages = tuple(tuple(stage) for stage in stages)
         self._wait = wait
         self._running: dict[Child, subprocess.Popen[bytes]] = {}
-        self._deaths = {child: _Deaths() for stage in stages for child in stage if child.restarts}
+        self._units = [unit for stage in self._stages for unit in _units(stage)]
+        self._told: dict[int, _Lines] = {}
+        """What children tell, by the file that it comes from."""
         self._before_exec = _die_with(os.getpid())
 
     def start(self) -> None:
@@ -130,57 +160,101 @@ class _Processes:
                 self._start(child)
 
     def _start(self, child: Child) -> None:
-        self._running[child] = subprocess.Popen(
+        process = self._running[child] = subprocess.Popen(
             child.argv,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if child.tells else None,
             process_group=0,  # Ctrl-C on the terminal goes to the supervisor alone
             preexec_fn=self._before_exec,  # noqa: PLW1509 - no thread runs here
         )
-        if (deaths := self._deaths.get(child)) is not None:
-            deaths.started_s, deaths.due_s = time.monotonic(), None
+        if process.stdout is not None:
+            self._told[process.stdout.fileno()] = _Lines(process.stdout)
 
-    def wait_for_signal(self) -> Child | None:
-        """Waits for a signal to stop, or returns the first child whose death ends everything."""
+    def wait_for_signal(self) -> int | None:
+        """Waits for a signal to stop, or for a death that ends everything.
+
+        Returns the exit code that such a death means.
+        """
         while True:
-            for child, process in tuple(self._running.items()):
-                if process.poll() is None:
-                    continue
-                pause_s = self._pause_s(child, process)
-                if pause_s is None:
-                    _log.error("%s %s; ending everything", child.name, _ending(process))
-                    return child
-                _log.error("%s %s; it starts again", child.name, _ending(process))
-                del self._running[child]
-                self._deaths[child].due_s = time.monotonic() + pause_s
-            if self._wait(self._start_due()) & _STOP_SIGNALS:
+            for unit in self._units:
+                if dead := self._dead(unit):
+                    self._bury(unit, dead)
+                    if (code := self._outcome(unit, dead)) is not None:
+                        return code
+            if self._wait(self._start_due(), *self._told) & _STOP_SIGNALS:
                 return None
+            self._listen()
 
-    def _pause_s(self, child: Child, process: subprocess.Popen[bytes]) -> float | None:
-        """Returns how long a child that died pauses; None: it does not start again."""
-        deaths = self._deaths.get(child)
-        if deaths is None or process.returncode == UNUSABLE_OPTIONS:
+    def _dead(self, unit: _Unit) -> dict[Child, subprocess.Popen[bytes]]:
+        running = {child: self._running[child] for child in unit.children if child in self._running}
+        return {child: each for child, each in running.items() if each.poll() is not None}
+
+    def _bury(self, unit: _Unit, dead: dict[Child, subprocess.Popen[bytes]]) -> None:
+        """Forgets those that died, and ends those that do not go on without them."""
+        for child in unit.children:
+            process = self._running.pop(child, None)
+            if process is not None and child not in dead:
+                process.kill()
+                process.wait()
+
+    def _outcome(self, unit: _Unit, dead: dict[Child, subprocess.Popen[bytes]]) -> int | None:
+        """Returns the exit code if a death ends everything; else the unit will start again."""
+        now_s = time.monotonic()
+        # Those that start together take long to load: they are well when somebody says so.
+        if unit.restart is Restart.ALONE and now_s - unit.started_s >= _STEADY_S:
+            unit.num_deaths = 0
+        unit.num_deaths += 1
+        is_unusable = any(process.returncode == UNUSABLE_OPTIONS for process in dead.values())
+        restarts = (
+            unit.restart is not Restart.NEVER and not is_unusable and unit.num_deaths < _MAX_DEATHS
+        )
+        outcome = "it starts again" if restarts else "ending everything"
+        for child, process in dead.items():
+            _log.error("%s %s; %s", child.name, _ending(process), outcome)
+        if restarts:
+            unit.due_s = now_s + _FIRST_PAUSE_S * 2 ** (unit.num_deaths - 1)
             return None
-        if time.monotonic() - deaths.started_s >= _STEADY_S:
-            deaths.num = 0
-        deaths.num += 1
-        return None if deaths.num >= _MAX_DEATHS else _FIRST_PAUSE_S * 2 ** (deaths.num - 1)
+        return UNUSABLE_OPTIONS if is_unusable else 1
 
     def _start_due(self) -> float | None:
         """Starts what has paused long enough; returns the seconds until the next is due."""
         now_s = time.monotonic()
         left_s = []
-        for child, deaths in self._deaths.items():
-            if deaths.due_s is None:
+        for unit in self._units:
+            if unit.due_s is None:
                 continue
-            if deaths.due_s <= now_s:
-                self._start(child)
+            if unit.due_s <= now_s:
+                unit.started_s, unit.due_s = now_s, None
+                for child in unit.children:
+                    self._start(child)
             else:
-                left_s.append(deaths.due_s - now_s)
+                left_s.append(unit.due_s - now_s)
         return min(left_s, default=None)
 
-    def forget(self, dead: Child) -> int:
-        """Leaves a child out that has died and was told of; returns its exit code."""
-        return int(self._running.pop(dead).returncode)
+    def _listen(self) -> None:
+        """Acts on what children tell of others."""
+        for file, lines in tuple(self._told.items()):
+            for line in lines.read():
+                self._act(line)
+            if lines.is_over:
+                del self._told[file]
+
+    def _act(self, line: str) -> None:
+        word, *pids = line.split()
+        for unit in self._units:
+            for child in unit.children:
+                process = self._running.get(child)
+                if unit.restart is not Restart.TOGETHER or process is None:
+                    continue
+                if str(process.pid) not in pids:
+                    continue
+                match word:
+                    case "serving":
+                        unit.num_deaths = 0
+                    case "lost":
+                        process.kill()
+                    case _:
+                        _log.warning("%r tells nothing of processes", line)
 
     def stop(self, *, in_hurry: bool) -> bool:
         """Ends the stages in order; returns whether all children ended well, and in time."""
@@ -224,6 +298,35 @@ class _Processes:
         for process in self._running.values():
             process.kill()
             process.wait()
+
+
+def _units(stage: Sequence[Child]) -> list[_Unit]:
+    """Returns the children of a stage by who starts again with whom."""
+    alone = [_Unit(children=(child,)) for child in stage if child.restart is not Restart.TOGETHER]
+    together = tuple(child for child in stage if child.restart is Restart.TOGETHER)
+    return [*alone, _Unit(children=together)] if together else alone
+
+
+class _Lines:
+    """Whole lines out of a pipe, as far as they have come."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self._rest = b""
+        self.is_over = False
+        os.set_blocking(pipe.fileno(), False)
+
+    def read(self) -> list[str]:
+        """Returns the lines that are there; at the end the pipe is closed."""
+        try:
+            data = os.read(self._pipe.fileno(), 65536)
+        except BlockingIOError:
+            return []
+        if not data:
+            self.is_over = True
+            self._pipe.close()
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line.decode(errors="replace") for line in lines if line.strip()]
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 def worker(argv: list[str] | None = None) -> int:
     """Runs a worker until the core ends it; returns its exit code.
 
-    0 after Shutdown or SIGTERM, 1 after a step that failed, 2 if the device or
-    the model cannot be used or an option is wrong.
+    0 after Shutdown or SIGTERM, 2 if the device or the model cannot be used or an option is wrong,
+    1 if something else failed in loading or in a step.
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(
@@ -64,7 +64,6 @@ def worker(argv: list[str] | None = None) -> int:
         return serve(
             serving,
             endpoint=args.connect,
-            rank=0,
             device=str(runner.device),
             phases=phases,
             spin_us=args.spin_us,

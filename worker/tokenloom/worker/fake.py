@@ -18,23 +18,30 @@ the rules below are broken, else as a token other than `expected_tokens` says.
   its admission) or to write. To write, it must be the only one that holds it.
 * What a block taken to read holds is exactly what the slot's tokens hash to,
   by the time of the slot's first span; another span of the same step may write it.
+
+Several processes of it are the ranks of a group (`fake_ranks.py`): each computes all, and they wait
+for each other in each step.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, assert_never, get_args
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from tokenloom.wire.messages import Configure, Ready, SamplingParams, Step, StepDone, TokenLogprobs
 from tokenloom.wire.started import process_start_s
-from tokenloom.worker.errors import ProtocolError
+from tokenloom.worker.errors import ProtocolError, WorkerError
+from tokenloom.worker.fake_ranks import FakeRanks
 from tokenloom.worker.loop import serve
 from tokenloom.worker.phases import Phases
 from tokenloom.worker.steps.slots import Changes, Int32Array, Limits, Slots
@@ -65,6 +72,14 @@ class FakeConfig:
     """A token is the eos one with a chance of 1 in this, decided by the hash."""
     faulty_token_id: int | None = None
     """A prompt that ends with this token gets a faulty row in place of its first token."""
+    fatal_token_id: int | None = None
+    """A prompt that ends with this token breaks the worker in the step that would draw its …"""
+    fatal_index: int = 0
+    """… completion token of this index."""
+
+
+class FakeCrash(WorkerError):
+    """A step has a request that is to break the worker."""
 
 
 class FakeModel:
@@ -102,7 +117,7 @@ class FakeModel:
         )
 
     def step(self, step: Step) -> StepDone:
-        """Computes a step of the epoch that `configure` opened. Raises ProtocolError."""
+        """Computes a step of the epoch that `configure` opened. Raises ProtocolError, FakeCrash."""
         if self._state is None:
             raise ProtocolError(f"step {step.step_id} came before Configure")
         return self._state.step(step)
@@ -258,6 +273,11 @@ class _State:
             slot, end = int(slots[row]), int(ends[row])
             params = self.sampling[slot]
             num_prompt = int(self.slots.num_prompt_tokens[slot])
+            if (
+                end == num_prompt + self.config.fatal_index
+                and self.tokens[slot, num_prompt - 1] == self.config.fatal_token_id
+            ):
+                raise FakeCrash(f"the request in slot {slot} is fatal")
             if end == num_prompt and self.tokens[slot, end - 1] == self.config.faulty_token_id:
                 tokens[row] = 0
                 faulty.append(row)
@@ -337,6 +357,7 @@ def _is_special(params: SamplingParams, config: FakeConfig) -> bool:
         params.num_top_logprobs is not None
         or (params.min_tokens > 0 and bool(params.stop_token_ids))
         or config.faulty_token_id is not None
+        or config.fatal_token_id is not None
     )
 
 
@@ -384,48 +405,132 @@ def _mix_one(value: int) -> int:
     return value ^ (value >> 31)
 
 
+CrashKind: TypeAlias = Literal["kill", "raise", "hang"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeOptions:
+    """What a fake process does beside computing."""
+
+    step_s: float = 0.0
+    load_s: float = 0.0
+    """How long it pretends to load."""
+    crash: CrashKind = "kill"
+    """What a fatal request does to it."""
+    crash_rank: int = 0
+    """The rank to which it does that."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _FakePending:
     done: StepDone
     due_s: float
+    ranks: FakeRanks
 
     def remaining_s(self) -> float:
         return self.due_s - time.monotonic()
 
     def result(self) -> StepDone:
         time.sleep(max(0.0, self.remaining_s()))
+        self.ranks.wait_for_each_other()
         return self.done
 
 
 class _FakeRunner:
     """Gives each step its time; steps in flight follow each other without a gap."""
 
-    def __init__(self, config: FakeConfig, step_s: float) -> None:
+    def __init__(self, config: FakeConfig, options: FakeOptions, ranks: FakeRanks) -> None:
         self._model = FakeModel(config)
-        self._step_s = step_s
+        self._options = options
+        self._ranks = ranks
+        self._rank = 0
         self._busy_until_s = 0.0
 
     def configure(self, configure: Configure, report: Callable[[str, float], None]) -> Ready:
+        report("pretending to load", 0.0)
+        time.sleep(self._options.load_s)
+        self._rank = configure.rank
+        self._ranks.meet(
+            rank=configure.rank,
+            world_size=configure.world_size,
+            rendezvous=configure.rendezvous,
+        )
         report("pretending to load", 1.0)
         return self._model.configure(configure)
 
     def launch(self, step: Step) -> _FakePending:
-        self._busy_until_s = max(self._busy_until_s, time.monotonic()) + self._step_s
-        done = self._model.step(step)
-        done = StepDone(
-            epoch=done.epoch,
-            step_id=done.step_id,
-            tokens=done.tokens,
-            logprobs=done.logprobs,
-            faulty_rows=done.faulty_rows,
-            compute_s=self._step_s,
-        )
-        return _FakePending(done=done, due_s=self._busy_until_s)
+        step_s = self._options.step_s
+        self._busy_until_s = max(self._busy_until_s, time.monotonic()) + step_s
+        try:
+            done = msgspec.structs.replace(self._model.step(step), compute_s=step_s)
+        except FakeCrash:
+            if self._rank == self._options.crash_rank:
+                _crash(self._options.crash)
+            done = _nothing(step)  # it will wait in vain for the rank that crashed
+        return _FakePending(done=done, due_s=self._busy_until_s, ranks=self._ranks)
+
+
+def _nothing(step: Step) -> StepDone:
+    return StepDone(
+        epoch=step.epoch,
+        step_id=step.step_id,
+        tokens=b"",
+        logprobs=(),
+        faulty_rows=b"",
+        compute_s=0.0,
+    )
+
+
+def _crash(kind: CrashKind) -> NoReturn:
+    match kind:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise RuntimeError("the device is lost")
+        case "hang":
+            pass
+        case _:
+            assert_never(kind)
+    while True:
+        signal.pause()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the fake worker's process; returns its exit code."""
-    defaults = FakeConfig()
+    args = _parser().parse_args(argv)
+    phases = Phases("imports", process_start_s())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    config = FakeConfig(**{name: getattr(args, name) for name, _ in _CONFIG_OPTIONS})
+    options = FakeOptions(
+        step_s=args.step_ms / 1000,
+        load_s=args.load_s,
+        crash=args.crash,
+        crash_rank=args.crash_rank,
+    )
+    ranks = FakeRanks()
+    return serve(
+        _FakeRunner(config, options, ranks),
+        endpoint=args.connect,
+        device="fake",
+        address=ranks.address,
+        phases=phases,
+    )
+
+
+_CONFIG_OPTIONS = (
+    ("vocab_size", "ids that the model knows"),
+    ("num_blocks", "blocks of the pool"),
+    ("block_size", "positions of a block"),
+    ("max_model_tokens", "longest prompt + completion"),
+    ("eos_token_id", "token that comes by script alone"),
+    ("eos_period", "one in so many tokens is that one"),
+    ("faulty_token_id", "prompts that end with it are faulty"),
+    ("fatal_token_id", "prompts that end with it break the worker"),
+    ("fatal_index", "completion token that they break it at"),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tokenloom.worker.fake",
         description="A worker without a model, for tests and benchmarks of what is around it.",
@@ -433,25 +538,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="of the core")
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a step")
-    for name in ("vocab_size", "num_blocks", "block_size", "max_model_tokens", "eos_period"):
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=int, default=getattr(defaults, name), help=name)
-    parser.add_argument("--eos-token-id", type=int, help="token that comes by script alone")
-    parser.add_argument("--faulty-token-id", type=int, help="prompts that end with it are faulty")
-    args = parser.parse_args(argv)
-    phases = Phases("imports", process_start_s())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    config = FakeConfig(
-        vocab_size=args.vocab_size,
-        num_blocks=args.num_blocks,
-        block_size=args.block_size,
-        max_model_tokens=args.max_model_tokens,
-        eos_token_id=args.eos_token_id,
-        eos_period=args.eos_period,
-        faulty_token_id=args.faulty_token_id,
+    parser.add_argument("--load-s", type=float, default=0.0, help="time of loading")
+    parser.add_argument(
+        "--crash", choices=get_args(CrashKind), default="kill", help="what a fatal prompt does"
     )
-    runner = _FakeRunner(config, args.step_ms / 1000)
-    return serve(runner, endpoint=args.connect, rank=0, device="fake", phases=phases)
+    parser.add_argument("--crash-rank", type=int, default=0, help="the rank that it does it to")
+    defaults = FakeConfig()
+    for name, text in _CONFIG_OPTIONS:
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=getattr(defaults, name), help=text)
+    return parser
 
 
 if __name__ == "__main__":

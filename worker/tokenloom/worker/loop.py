@@ -4,7 +4,8 @@
                     ▲                                                  │
                     └── disconnected ◀── Step … StepDone, two in flight┘
 
-`serve` drives any Runner: the real one and the fake one speak through it.
+`serve` drives any Runner: the real one and the fake one speak through it. All ranks of a group
+compute the same steps; rank 0 alone tells their results.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tokenloom.wire.messages import (
     ToWorker,
 )
 from tokenloom.wire.spin import Spin
+from tokenloom.worker.errors import LoadError
 from tokenloom.worker.phases import Phases
 
 if TYPE_CHECKING:
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 EXIT_OK = 0
-EXIT_STEP_FAILED = 1
+EXIT_CRASHED = 1
+"""Another start may help."""
 EXIT_LOAD_FAILED = 2
+"""No start will help: an option or the checkpoint cannot be used."""
 
 HELLO_INTERVAL_S = 1.0
 _FAILED_LINGER_MS = 2000
@@ -153,26 +157,29 @@ def serve(
     runner: Runner,
     *,
     endpoint: str,
-    rank: int,
     device: str,
+    address: str = "",
     phases: Phases,
     spin_us: int | None = None,
 ) -> int:
     """Speaks with the core at `endpoint` until Shutdown, SIGTERM or an error.
 
+    `address` is where this process listens for other ranks; without one it can serve alone.
     `phases` are those of the start; the core gets them with the first Ready.
     While results follow each other within `spin_us` it does not sleep; None: as the host allows.
 
-    Returns the exit code: 0 after Shutdown or SIGTERM, 1 after a step that
-    failed, 2 when the configuration cannot be loaded. Runs in the main thread.
+    Returns the exit code: 0 after Shutdown or SIGTERM, 2 after a LoadError, 1 after whatever
+    else went wrong in loading or in a step. Runs in the main thread.
     """
     signal.signal(signal.SIGTERM, _exit_at_once)
     phases.begin("waiting for the core")
     link = Link(endpoint)
     linger_ms = 0
     try:
-        conversation = _Conversation(link, runner, phases, Spin(spin_us), rank=rank, device=device)
-        code = conversation.run()
+        hello = Hello(
+            protocol_version=PROTOCOL_VERSION, pid=os.getpid(), device=device, address=address
+        )
+        code = _Conversation(link, runner, phases, Spin(spin_us), hello).run()
         linger_ms = _FAILED_LINGER_MS
     finally:
         # Nothing is left to end, and an exiting interpreter would show the exception.
@@ -183,25 +190,17 @@ def serve(
 
 class _Conversation:
     def __init__(
-        self,
-        link: Link,
-        runner: Runner,
-        phases: Phases,
-        spin: Spin,
-        *,
-        rank: int,
-        device: str,
+        self, link: Link, runner: Runner, phases: Phases, spin: Spin, hello: Hello
     ) -> None:
         self._link = link
         self._runner = runner
         self._phases: Phases | None = phases
         """Until the first epoch is ready."""
         self._spin = spin
-        self._hello = Hello(
-            protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid(), device=device
-        )
+        self._hello = hello
         self._epoch: int | None = None
         """None while a Configure is awaited, of whatever epoch."""
+        self._rank = 0
         self._hello_due_s = 0.0
         self._pending: deque[Pending] = deque()
 
@@ -268,8 +267,9 @@ class _Conversation:
         try:
             ready = self._runner.configure(configure, report)
         except Exception as error:  # noqa: BLE001 - whatever it is, the core must hear of it
-            return self._fail(epoch, error, EXIT_LOAD_FAILED)
-        self._epoch = epoch
+            code = EXIT_LOAD_FAILED if isinstance(error, LoadError) else EXIT_CRASHED
+            return self._fail(epoch, error, code)
+        self._epoch, self._rank = epoch, configure.rank
         self._phases = None
         self._link.send(msgspec.structs.replace(ready, phases=phases.end()))
         return None
@@ -281,17 +281,21 @@ class _Conversation:
         try:
             self._pending.append(self._runner.launch(step))
         except Exception as error:  # noqa: BLE001 - whatever it is, the core must hear of it
-            return self._fail(step.epoch, error, EXIT_STEP_FAILED)
+            return self._fail(step.epoch, error, EXIT_CRASHED)
         return None
 
     def _send_results(self, *, wait: bool = False) -> int | None:
-        """Sends what is done, in the order of the steps; with `wait`, all that was launched."""
+        """Takes what is done, in the order of the steps; with `wait`, all that was launched.
+
+        The core hears of it from rank 0, whose results are every rank's.
+        """
         while self._pending and (wait or self._remaining_s() <= 0):
             try:
                 done = self._pending.popleft().result()
             except Exception as error:  # noqa: BLE001 - whatever it is, the core must hear of it
-                return self._fail(self._epoch or 0, error, EXIT_STEP_FAILED)
-            self._link.send(done)
+                return self._fail(self._epoch or 0, error, EXIT_CRASHED)
+            if self._rank == 0:
+                self._link.send(done)
             self._spin.result()
         return None
 

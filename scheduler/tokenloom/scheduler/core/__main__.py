@@ -13,13 +13,15 @@ from pathlib import Path
 import zmq
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
-from tokenloom.scheduler.core.loop import CoreLoop, bind
+from tokenloom.scheduler.core.loop import CoreLoop, TooManyCrashesError, bind
+
+log = logging.getLogger(__name__)
 
 CORE_NICENESS = -10
 
 
 def main(argv: list[str]) -> int:
-    """Runs a core until SIGTERM or SIGINT. Returns the exit code."""
+    """Runs a core until SIGTERM or SIGINT, or too many crashes. Returns the exit code."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s core %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -39,12 +41,19 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda *_: None)
     with zmq.Context() as context:
         fronts = bind(context, config.core_endpoint)
-        workers = bind(context, config.worker_endpoint)
+        workers = bind(
+            context, config.worker_endpoint, heartbeat_timeout_s=config.heartbeat_timeout_s
+        )
         try:
             CoreLoop(config, fronts, workers).run(stop.fileno())
+        except TooManyCrashesError as error:
+            log.critical("%s", error)
+            return 1
         finally:
             fronts.close()
             workers.close()
+            for endpoint in (config.core_endpoint, config.worker_endpoint):
+                Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
     return 0
 
 

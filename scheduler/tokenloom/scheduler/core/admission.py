@@ -70,7 +70,7 @@ def stop(state: State, front: int, message: Stop) -> None:
 
 
 def begin_epoch(state: State, spec: ModelSpec) -> None:
-    """Workers are ready: slots and blocks begin empty; what waits may run.
+    """A group is ready: slots and blocks begin empty; what waits may run.
 
     A request that a larger group had accepted and that cannot fit now ends.
     """
@@ -90,7 +90,7 @@ def begin_epoch(state: State, spec: ModelSpec) -> None:
 
 
 def end_epoch(state: State) -> None:
-    """Workers are gone: what ran waits, in order of arrival; KV and cache are forgotten."""
+    """The group is gone: what ran waits, in order of arrival; KV and cache are forgotten."""
     state.in_flight.clear()
     if state.slots is not None:
         running = [request for request in state.slots.requests if request is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from tokenloom.scheduler.core import crashes
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array
 from tokenloom.scheduler.core.state import Int64Array, Slots, State, StepRecord
 from tokenloom.scheduler.messages import FinishReason
@@ -61,6 +62,7 @@ def apply(state: State, result: StepDone, now: float) -> None:
             _finish(state, slots, int(sampled[row]), FinishReason.STOP_TOKEN, int(drawn[row]))
         else:
             _finish(state, slots, int(sampled[row]), FinishReason.LENGTH)
+    crashes.judge(state)
 
 
 def _check(result: StepDone, record: StepRecord, slots: Slots) -> Int32Array:

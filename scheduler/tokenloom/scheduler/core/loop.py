@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, assert_never
@@ -16,9 +17,11 @@ import msgspec
 import zmq
 
 from tokenloom.scheduler.config import SchedulerConfig
-from tokenloom.scheduler.core import admission, applying, planning
+from tokenloom.scheduler.core import admission, applying, crashes, planning
+from tokenloom.scheduler.core.group import Group, GroupError
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
+from tokenloom.scheduler.core.watch import StepWatch
 from tokenloom.scheduler.messages import (
     Abort,
     Attach,
@@ -42,8 +45,8 @@ from tokenloom.wire.messages import (
     Progress,
     Ready,
     Shutdown,
+    Step,
     StepDone,
-    ToWorker,
 )
 from tokenloom.wire.spin import Spin
 
@@ -53,10 +56,17 @@ MAX_STEPS_IN_FLIGHT = 2
 """The worker always has the next step when it finishes one."""
 
 DEPARTURE_S = 0.05
-"""After a peer of the worker socket left, until the core looks whether it was the worker."""
+"""After a peer of the worker socket left, until the core looks whether it was a rank."""
 
-SHUTDOWN_TIMEOUT_MS = 5000
+SHUTDOWN_TIMEOUT_S = 5.0
 """A worker needs two steps at most to finish what is in flight."""
+
+NUM_HEARTBEATS = 3
+"""A worker that answers none of so many is lost."""
+
+
+class TooManyCrashesError(Exception):
+    """Groups are lost faster than is worth starting others."""
 
 
 class CoreLoop:
@@ -86,14 +96,20 @@ class CoreLoop:
         """By the number that the state knows a front by; no number is used twice."""
         self._front_numbers: dict[bytes, int] = {}
         self._next_front = 0
-        self._worker: bytes | None = None
-        self._configure: Configure | None = None
+        self._group = Group(config.tensor_parallel)
         self._epoch = 0
+        self._watch = StepWatch(config.step_timeout_s)
+        self._budget = crashes.CrashBudget(
+            max_crashes=config.max_crashes, window_s=config.crash_window_s
+        )
         self._num_dropped_frames = 0
         self._display = LoadingDisplay()
 
     def run(self, stop_fd: int) -> None:
-        """Serves until `stop_fd` becomes readable, then tells the worker to shut down."""
+        """Serves until `stop_fd` becomes readable, then tells the workers to shut down.
+
+        Raises TooManyCrashesError.
+        """
         departures = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         poller = zmq.Poller()
         poller.register(departures, zmq.POLLIN)
@@ -101,35 +117,43 @@ class CoreLoop:
         poller.register(self._workers, zmq.POLLIN)
         poller.register(stop_fd, zmq.POLLIN)
         spin = Spin(self._config.spin_us)
-        due_s: float | None = None
-        while True:
-            ready = _poll(poller, spin, due_s)
-            if stop_fd in ready:
-                break
-            if self._workers in ready:
-                spin.result()
-                self._receive_from_workers()
-            if due_s is not None and time.monotonic() >= due_s:
-                due_s = None
-                self._ask_worker()
-            if departures in ready:
-                # Who left is not said, and ROUTER forgets a peer a moment later than it tells.
-                departures.recv_multipart()
-                due_s = time.monotonic() + DEPARTURE_S
-            if self._fronts in ready:
-                self._receive_from_fronts()
-            self._advance()
-        if self._worker is not None:
-            self._shut_down_worker(departures)
-        self._workers.disable_monitor()
-        departures.close(linger=0)
+        ask_s = math.inf
+        try:
+            while True:
+                ready = _poll(poller, spin, min(ask_s, self._watch.due_s) - self._clock())
+                if stop_fd in ready:
+                    break
+                if self._workers in ready:
+                    spin.result()
+                    self._receive_from_workers()
+                if self._clock() >= ask_s:
+                    ask_s = math.inf
+                    self._ask_group()
+                if departures in ready:
+                    # Who left is not said, and ROUTER forgets a peer a moment later than it tells.
+                    departures.recv_multipart()
+                    ask_s = self._clock() + DEPARTURE_S
+                if self._watch.is_overdue(self._clock()):
+                    step_id = self._state.in_flight[0].step_id
+                    self._lose_group(f"step {step_id} does not end")
+                if self._fronts in ready:
+                    self._receive_from_fronts()
+                self._advance()
+            self._shut_down_group(departures)
+        finally:
+            self._workers.disable_monitor()
+            departures.close(linger=0)
 
     def _advance(self) -> None:
         """Sends what steps there are to send, then what the fronts have to know."""
         while self._state.spec and len(self._state.in_flight) < MAX_STEPS_IN_FLIGHT:
-            plan = planning.plan(self._state, self._clock())
-            if plan is None or not self._send_to_worker(plan.to_wire(self._epoch)):
+            now = self._clock()
+            plan = planning.plan(self._state, now)
+            if plan is None or not self._send_to_group(plan.to_wire(self._epoch)):
                 break
+            self._watch.sent(
+                num_spans=len(plan.span_slots), num_tokens=int(plan.span_lengths.sum()), now=now
+            )
         self._flush()
 
     def _flush(self) -> None:
@@ -151,126 +175,176 @@ class CoreLoop:
             except codec.FrameError as error:
                 self._drop(f"unreadable frame from a worker: {error}")
                 continue
+            if isinstance(message, Hello):
+                self._on_hello(identity, message)
+                continue
+            rank = self._group.index(identity)
+            if rank is None or not self._group.is_complete or message.epoch != self._epoch:
+                self._drop(f"{type(message).__name__} of a stranger or another epoch")
+                continue
             match message:
-                case Hello():
-                    self._on_hello(identity, message)
-                case _ if identity != self._worker or message.epoch != self._epoch:
-                    self._drop(f"{type(message).__name__} of a stranger or another epoch")
                 case StepDone():
-                    self._on_step_done(message)
+                    self._on_step_done(rank, message)
                     self._advance()
                 case Progress():
-                    self._display.show(message)
+                    if rank == 0:  # the others do the same at about the same time
+                        self._display.show(message)
                 case Ready():
-                    self._on_ready(message)
+                    self._on_ready(rank, message)
                 case Failed():
-                    self._lose_worker(f"worker failed: {message.error}")
+                    self._lose_group(f"rank {rank} failed: {message.error}")
                 case _:
                     assert_never(message)
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
-        """Gives a new worker its configuration; a second worker beside a live one is ignored."""
+        """Takes a new worker into the group that is gathered; beside a live one it is ignored."""
         if hello.protocol_version != PROTOCOL_VERSION:
             self._drop(
                 f"worker {hello.pid} speaks protocol {hello.protocol_version}, "
                 f"this core speaks {PROTOCOL_VERSION}"
             )
             return
-        if self._worker is not None and self._configure is not None:
-            alive = self._ask_worker()
-            if identity == self._worker:
+        if self._group.is_complete:
+            is_member = self._group.index(identity) is not None
+            is_alive = self._ask_group()
+            if is_alive and not is_member:
+                self._drop(f"Hello of worker {hello.pid} beside the group that serves")
+            if is_alive or is_member:
                 return
-            if alive:
-                self._drop(f"Hello of worker {hello.pid} beside the one that serves")
-                return
-        self._epoch += 1
-        self._worker = identity
-        self._configure = Configure(
-            epoch=self._epoch,
-            rank=hello.rank,
-            world_size=1,
-            model=self._config.model,
-            dtype=self._config.dtype,
-            quantize=self._config.quantize,
-            quantize_lm_head=self._config.quantize_lm_head,
-            int8_threshold=self._config.int8_threshold,
-            kv_cache=self._config.kv_cache,
-            max_model_tokens=self._config.max_model_tokens,
-            max_num_requests=self._config.max_num_requests,
-            max_step_tokens=self._config.max_step_tokens,
-        )
-        log.info("worker %d on %s joins epoch %d", hello.pid, hello.device, self._epoch)
-        self._send_to_worker(self._configure)
-
-    def _on_ready(self, ready: Ready) -> None:
-        self._display.close()
-        least = min(ready.num_blocks, ready.block_size, ready.vocab_size, ready.max_model_tokens)
-        if least < 1 or ready.max_step_tokens < self._config.max_num_requests:
-            self._dismiss_worker(f"worker is ready with too little to offer: {ready}")
+        group = self._group
+        if not group.join(identity, hello):
             return
-        spec = ModelSpec.of(ready)
+        log.info("worker %d on %s is rank %d", hello.pid, hello.device, len(group.ranks) - 1)
+        if group.is_complete:
+            self._epoch += 1
+            log.info("epoch %d begins", self._epoch)
+            self._ask_group()
+
+    def _configuration(self, rank: int) -> Configure:
+        config = self._config
+        return Configure(
+            epoch=self._epoch,
+            rank=rank,
+            world_size=self._group.world_size,
+            rendezvous=self._group.rendezvous,
+            model=config.model,
+            dtype=config.dtype,
+            quantize=config.quantize,
+            quantize_lm_head=config.quantize_lm_head,
+            int8_threshold=config.int8_threshold,
+            kv_cache=config.kv_cache,
+            max_model_tokens=config.max_model_tokens,
+            max_num_requests=config.max_num_requests,
+            max_step_tokens=config.max_step_tokens,
+        )
+
+    def _on_ready(self, rank: int, ready: Ready) -> None:
+        try:
+            offer = self._group.enter(rank, ready)
+        except GroupError as error:
+            self._lose_group(str(error))
+            return
+        if offer is None:
+            return
+        self._display.close()
+        least = min(offer.num_blocks, offer.block_size, offer.vocab_size, offer.max_model_tokens)
+        if least < 1 or offer.max_step_tokens < self._config.max_num_requests:
+            self._lose_group(f"the group is ready with too little to offer: {offer}")
+            return
+        spec = ModelSpec.of(offer)
         admission.begin_epoch(self._state, spec)
+        _tell_supervisor("serving", self._group.pids)
         log.info(
             "model is ready: weights %.2f GiB, KV cache %.2f GiB, %d blocks of %d positions, "
             "requests of up to %d tokens",
-            ready.weights_bytes / 2**30,
-            ready.kv_bytes / 2**30,
-            ready.num_blocks,
-            ready.block_size,
+            offer.weights_bytes / 2**30,
+            offer.kv_bytes / 2**30,
+            offer.num_blocks,
+            offer.block_size,
             spec.max_request_tokens,
         )
         for identity in list(self._front_ids.values()):
             self._send_to_front(identity, _model_ready(spec))
 
-    def _on_step_done(self, done: StepDone) -> None:
+    def _on_step_done(self, rank: int, done: StepDone) -> None:
         in_flight = self._state.in_flight
-        if not in_flight or done.step_id != in_flight[0].step_id:
+        if rank or not in_flight or done.step_id != in_flight[0].step_id:
             self._drop(f"result of step {done.step_id}, which is not the oldest in flight")
             return
+        now = self._clock()
         try:
-            applying.apply(self._state, done, self._clock())
+            applying.apply(self._state, done, now)
         except applying.ResultError as error:
-            self._dismiss_worker(f"worker broke the protocol: {error}")
+            self._lose_group(f"rank 0 broke the protocol: {error}")
+        else:
+            self._watch.done(now)
 
-    def _dismiss_worker(self, reason: str) -> None:
-        """Ends the epoch and the worker: it would wait for steps and never greet again."""
-        if self._send_to_worker(Shutdown()):
-            self._lose_worker(reason)
+    def _lose_group(self, reason: str) -> None:
+        """Ends the epoch and the group; requests wait for the next one.
 
-    def _lose_worker(self, reason: str) -> None:
-        """Ends the epoch; requests wait for the next worker."""
-        log.error("%s", reason)
-        self._display.close()
-        self._worker = None
-        self._configure = None
-        self._epoch += 1
-        admission.end_epoch(self._state)
-        for identity in list(self._front_ids.values()):
-            self._send_to_front(identity, ModelLost(reason="the worker is gone"))
-
-    def _ask_worker(self) -> bool:
-        """Returns whether the worker is still there; ends the epoch if it is not.
-
-        To a live worker its own configuration again is no news; a dead one is unroutable.
+        Raises TooManyCrashesError if there will be none.
         """
-        return self._configure is not None and self._send_to_worker(self._configure)
+        group, self._group = self._group, Group(self._config.tensor_parallel)
+        log.error("epoch %d ends: %s", self._epoch, reason)
+        self._display.close()
+        self._watch = StepWatch(self._config.step_timeout_s)
+        for rank in group.ranks:  # those who can still hear it would wait for steps
+            self._reach(rank.identity, codec.encode(Shutdown()))
+        _tell_supervisor("lost", group.pids)
+        crashes.lose_group(self._state)
+        for identity in list(self._front_ids.values()):
+            self._send_to_front(identity, ModelLost(reason=reason))
+        if self._budget.spend(self._clock()):
+            self._flush()
+            raise TooManyCrashesError(
+                f"{self._budget.max_crashes + 1} groups of workers were lost within "
+                f"{self._budget.window_s:g} s, the last one because {reason}; "
+                f"at most {self._budget.max_crashes} may be"
+            )
 
-    def _shut_down_worker(self, departures: zmq.Socket[bytes]) -> None:
-        """Waits until the worker has left: what it has not read is lost when this socket closes."""
+    def _ask_group(self) -> bool:
+        """Returns whether all ranks are still there; what is left is ended if they are not.
+
+        To a live worker its own configuration again is no news; a dead one is unroutable. Before
+        the group is complete nobody has one, and who lives says Hello again.
+        """
+        group = self._group
+        if not group.is_complete:
+            group.ranks.clear()
+            return False
+        for index, rank in enumerate(group.ranks):
+            if not self._reach(rank.identity, codec.encode(self._configuration(index))):
+                self._lose_group(f"rank {index} is gone")
+                return False
+        return True
+
+    def _shut_down_group(self, departures: zmq.Socket[bytes]) -> None:
+        """Waits until the workers have left: what they have not read is lost with this socket."""
         while departures.poll(0):
             departures.recv_multipart()
-        if self._send_to_worker(Shutdown()):
-            departures.poll(SHUTDOWN_TIMEOUT_MS)
+        deadline_s = self._clock() + SHUTDOWN_TIMEOUT_S
+        left = [r for r in self._group.ranks if self._reach(r.identity, codec.encode(Shutdown()))]
+        for _ in left:
+            if not departures.poll(max(0, round(1000 * (deadline_s - self._clock())))):
+                break
+            departures.recv_multipart()
 
-    def _send_to_worker(self, message: ToWorker) -> bool:
-        """Sends to the worker; if it is no longer there, ends the epoch and returns False."""
-        assert self._worker is not None
+    def _send_to_group(self, step: Step) -> bool:
+        """Sends the same frame to all ranks; if one is gone, ends the epoch and returns False."""
+        frame = codec.encode(step)
+        for index, rank in enumerate(self._group.ranks):
+            if not self._reach(rank.identity, frame):
+                self._lose_group(f"rank {index} is gone")
+                return False
+        return True
+
+    def _reach(self, identity: bytes, frame: bytes) -> bool:
+        """Sends a frame; returns whether there was somebody to send it to."""
         try:
-            self._workers.send_multipart([self._worker, codec.encode(message)], zmq.NOBLOCK)
+            self._workers.send_multipart([identity, frame], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in {zmq.EHOSTUNREACH, zmq.EAGAIN}:
                 raise
-            self._lose_worker(f"worker is unreachable: {error}")
             return False
         return True
 
@@ -366,15 +440,18 @@ class CoreLoop:
             log.warning("dropped frame %d: %s", self._num_dropped_frames, why)
 
 
-def _poll(poller: zmq.Poller, spin: Spin, due_s: float | None) -> dict[Any, int]:
-    """Returns what is readable, empty once `due_s` is there; sleeps unless results come fast."""
+def _poll(poller: zmq.Poller, spin: Spin, left_s: float) -> dict[Any, int]:
+    """Returns what is readable, empty after `left_s`; sleeps unless results come fast."""
     while spin.goes_on():
         if ready := dict(poller.poll(0)):
-            break
-    else:
-        left_s = None if due_s is None else max(0.0, due_s - time.monotonic())
-        ready = dict(poller.poll(None if left_s is None else math.ceil(1000 * left_s)))
-    return ready
+            return ready
+    return dict(poller.poll(None if left_s == math.inf else max(0, math.ceil(1000 * left_s))))
+
+
+def _tell_supervisor(word: str, pids: list[int]) -> None:
+    """Writes what became of processes to standard output, where who started them listens."""
+    sys.stdout.write(" ".join((word, *map(str, pids))) + "\n")
+    sys.stdout.flush()
 
 
 def _model_ready(spec: ModelSpec) -> ModelReady:
@@ -388,9 +465,21 @@ def _model_ready(spec: ModelSpec) -> ModelReady:
     )
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
-    """Returns a bound ROUTER socket that reports unroutable peers and refuses huge frames."""
+def bind(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    *,
+    heartbeat_timeout_s: float | None = None,
+) -> zmq.Socket[bytes]:
+    """Returns a bound ROUTER socket that reports unroutable peers and refuses huge frames.
+
+    With a time-out a peer whose process stands still, or whose host is gone, counts as departed.
+    """
     socket = context.socket(zmq.ROUTER)
+    if heartbeat_timeout_s is not None:
+        timeout_ms = round(1000 * heartbeat_timeout_s)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, timeout_ms // NUM_HEARTBEATS))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout_ms)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_FRAME_BYTES)
     socket.setsockopt(zmq.LINGER, 1000)

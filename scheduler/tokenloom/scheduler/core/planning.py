@@ -5,7 +5,8 @@ steady decode, then the prompts that are being computed, oldest first, then
 new requests from the queue, in its order and never past one that does not fit.
 A running request only ever lacks the block for its next token; if the pool has
 none, the youngest request gives way. The oldest one therefore always goes on,
-and each request becomes the oldest in time: nobody starves.
+and each request becomes the oldest in time: nobody starves. While there are suspects of crashes
+(`crashes.py`), they come first, each alone.
 
 How many prompt tokens a step takes is `prompt_budget`. Large steps compute prompts at the
 highest rate, and every stream in decode waits for their end:
@@ -178,8 +179,10 @@ def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> boo
 def _admit(
     state: State, slots: Slots, pool: BlockPool, changes: _Changes, now: float
 ) -> int | None:
-    """Moves the first of the queue into a slot with blocks for all its tokens, if they are free."""
-    request = next(iter(state.waiting.values()))
+    """Moves the next of the queue into a slot with blocks for all its tokens, if they are free."""
+    request = state.next_waiting()
+    if request is None:
+        return None
     num_tokens, block_size = len(request.tokens), pool.block_size
     # The last token is always computed: its logits are what the step is for.
     num_usable = (num_tokens - 1) // block_size if pool.caches else 0

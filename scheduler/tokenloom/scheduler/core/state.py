@@ -97,6 +97,10 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     slot: int | None = None
+    num_crashes: int = 0
+    """Crashes of a group with a step of it in flight, since it was last acquitted."""
+    crash_tokens: int = 0
+    """How many tokens it would have had after those steps."""
 
     def extend_digests(self, tokens: Int32Array, num_blocks: int, block_size: int) -> None:
         """Computes the digests of the first `num_blocks` blocks of `tokens`."""
@@ -207,6 +211,8 @@ class State:
         self.num_waiting_tokens = 0
         self.requests: dict[tuple[int, int], Request] = {}
         """Every live request by (front, stream)."""
+        self.suspects: dict[int, Request] = {}
+        """By serial, in order: while there are any, the first of them runs, alone."""
         self.in_flight: deque[StepRecord] = deque()
         self.released: list[int] = []
         """Slots given up since the last step; the next one tells the worker."""
@@ -291,12 +297,24 @@ class State:
         self.released.append(slot)
 
     def preempt(self, request: Request) -> None:
-        """Moves a running request to the front of the queue; its tokens are recomputed later."""
+        """Moves a running request back to its place in the queue; it is recomputed later."""
         self.vacate(request)
+        is_first = not self.waiting or request.serial < next(iter(self.waiting))
         self.waiting[request.serial] = request
-        self.waiting.move_to_end(request.serial, last=False)
+        if is_first:
+            self.waiting.move_to_end(request.serial, last=False)
+        else:  # a suspect ran before those that had come earlier
+            self.waiting = OrderedDict(sorted(self.waiting.items()))
         self.num_waiting_tokens += len(request.tokens)
         self.num_preemptions += 1
+
+    def next_waiting(self) -> Request | None:
+        """Returns who may be admitted: the first of the queue, or a suspect where it is alone."""
+        if not self.suspects:
+            return next(iter(self.waiting.values()), None)
+        if self.num_running or self.in_flight:
+            return None
+        return next(iter(self.suspects.values()))
 
     def dequeue(self, request: Request) -> None:
         """Takes a request out of the queue."""
@@ -318,6 +336,7 @@ class State:
             # What is not finite may lie in the request's own KV: whoever shared it would fail too.
             self.vacate(request, keep_blocks=reason is not FinishReason.FAULT)
         del self.requests[request.front, request.stream]
+        self.suspects.pop(request.serial, None)
         num_tokens = len(request.tokens) - request.num_prompt
         self.outputs_of(request.front).finished.append(
             Finished(
@@ -335,17 +354,8 @@ class State:
 
     def check(self) -> list[str]:
         """Returns what is wrong with the state; empty is right."""
-        wrong = []
         running = {r.slot: r for r in self.requests.values() if r.slot is not None}
-        queued = {r.serial for r in self.requests.values() if r.slot is None}
-        if queued != set(self.waiting):
-            wrong.append("the queue and the requests without a slot differ")
-        if list(self.waiting) != sorted(self.waiting):
-            wrong.append("the queue is not in order of arrival")
-        if queued and running and min(queued) < max(r.serial for r in running.values()):
-            wrong.append("a request waits while a younger one runs")
-        if self.num_waiting_tokens != sum(len(r.tokens) for r in self.waiting.values()):
-            wrong.append(f"num_waiting_tokens is {self.num_waiting_tokens}, not the queue's sum")
+        wrong = self._check_queue([r.serial for r in running.values()])
         if self.slots is None or self.pool is None:
             if running:
                 wrong.append("requests run without a model")
@@ -373,6 +383,23 @@ class State:
         if len(running) + len(set(slots.free)) != slots.num_slots:
             wrong.append(f"{len(running)} running and {len(slots.free)} free slots are not all")
         return wrong + pool.check(slots.blocks(slot) for slot in range(slots.num_slots))
+
+    def _check_queue(self, running: list[int]) -> list[str]:
+        """Returns what is wrong with the queue beside the serials of those that run."""
+        wrong = []
+        queued = {r.serial for r in self.requests.values() if r.slot is None}
+        if queued != set(self.waiting):
+            wrong.append("the queue and the requests without a slot differ")
+        if list(self.waiting) != sorted(self.waiting):
+            wrong.append("the queue is not in order of arrival")
+        if self.suspects:
+            if running not in ([], list(self.suspects)[:1]):
+                wrong.append(f"{running} run while {list(self.suspects)} are suspects")
+        elif queued and running and min(queued) < max(running):
+            wrong.append("a request waits while a younger one runs")
+        if self.num_waiting_tokens != sum(len(r.tokens) for r in self.waiting.values()):
+            wrong.append(f"num_waiting_tokens is {self.num_waiting_tokens}, not the queue's sum")
+        return wrong
 
 
 def _time(value: np.float64) -> float | None:

@@ -15,7 +15,7 @@ _REASONS = {
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
 }
-"""FAULT is none of them: such a stream ends with a status."""
+"""The others are none of them: such a stream ends with a status."""
 
 
 def admission_response(

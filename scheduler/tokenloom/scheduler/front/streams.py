@@ -156,6 +156,8 @@ class Stream:
             self.fail(EndedByOperator())
         elif finished.reason is FinishReason.FAULT:
             self.fail(fault("the model's numbers are not finite", "MODEL_FAULT"))
+        elif finished.reason is FinishReason.CRASH:
+            self.fail(fault("the request broke its worker, also alone", "MODEL_CRASH"))
         elif self._stop_string is None and finished.num_completion_tokens != self._num_tokens:
             what = f"{self._num_tokens} of {finished.num_completion_tokens} tokens came"
             self.fail(fault(what, "TOKENS_LOST"))
