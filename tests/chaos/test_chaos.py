@@ -163,7 +163,7 @@ def test_garbage_on_the_worker_socket_harms_nobody(checkpoint: Path) -> None:
             weights_bytes=0,
             kv_bytes=0,
         )
-        hello = Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu")
+        hello = Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu", address="")
         frames = [b"", b"\xc1", os.urandom(100_000)]
         frames += [codec.encode(message) for message in (stale, ready, hello)]
         frames += [codec.encode(stale)[:-3], codec.encode(hello) * 2]

@@ -72,6 +72,7 @@ class CoreMachine(RuleBasedStateMachine):
                 epoch=self.epoch,
                 rank=0,
                 world_size=1,
+                rendezvous="",
                 model="fake",
                 dtype="auto",
                 quantize="none",

@@ -146,7 +146,9 @@ def test_a_worker_that_offers_too_little_is_told_to_leave(offer: dict[str, int])
         worker = core.context.socket(zmq.DEALER)
         worker.connect(core.config.worker_endpoint)
         worker.send(
-            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu"))
+            codec.encode(
+                Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu", address="")
+            )
         )
         configure = codec.decode_to_worker(worker.recv())
         assert isinstance(configure, Configure)
@@ -191,8 +193,10 @@ def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
             codec.encode(done)[:-5],
             codec.encode(done),
             codec.encode(Progress(epoch=1, phase="loading", fraction=0.5)),
-            codec.encode(Hello(protocol_version=99, rank=0, pid=1, device="cpu")),
-            codec.encode(Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu")),
+            codec.encode(Hello(protocol_version=99, rank=0, pid=1, device="cpu", address="")),
+            codec.encode(
+                Hello(protocol_version=PROTOCOL_VERSION, rank=0, pid=1, device="cpu", address="")
+            ),
         ]
         for frame in frames:
             stranger.send(frame)

@@ -61,7 +61,7 @@ DONE = StepDone(
 TO_WORKER: list[ToWorker] = [STEP, Shutdown()]
 TO_CORE: list[ToCore] = [
     DONE,
-    Hello(protocol_version=1, rank=0, pid=7, device="cpu"),
+    Hello(protocol_version=1, rank=0, pid=7, device="cpu", address=""),
     Progress(epoch=1, phase="loading", fraction=0.5),
     Failed(epoch=1, error="why"),
 ]

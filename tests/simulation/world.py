@@ -141,6 +141,7 @@ class World:
                 epoch=self.epoch,
                 rank=0,
                 world_size=1,
+                rendezvous="",
                 model="fake",
                 dtype="auto",
                 quantize="none",

@@ -95,7 +95,7 @@ class Uncaptured(StepGraphs):
 
 def answering(loaded: LoadedModel, limits: Limits, *, fixed: bool) -> Callable[[Step], StepDone]:
     """Returns what computes steps, in fixed shapes or as they come; all tokens are zero."""
-    rows, slots = Rows.empty(limits, loaded.decoder.operations, META), Slots(limits)
+    rows, slots = Rows.empty(limits, loaded.decoder, META), Slots(limits)
     if fixed:
         steps = FixedSteps(loaded, rows.batch, rows.sampler, limits)
         rows = replace(rows, graphs=Uncaptured(steps, META))

@@ -74,7 +74,8 @@ def take_memory(
     weights = allocate_weights(
         config, formats=formats, int8_threshold=0.0, dtype=DTYPES[dtype], device=CPU
     )
-    fillings = match(stored, destinations(config, weights), formats=formats, dtype=DTYPES[dtype])
+    places = destinations(config, weights)
+    fillings = match(stored, places, parts={}, formats=formats, dtype=DTYPES[dtype])
     forms = {matrix.name: formats.get(matrix.name) for matrix in matrices(config)}
     return weights, fillings, weight_bytes(config, forms, DTYPES[dtype].itemsize)
 

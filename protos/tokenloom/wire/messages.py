@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class _Message(
@@ -37,6 +37,8 @@ class Hello(_Message, frozen=True):
     rank: int
     pid: int
     device: str
+    address: str
+    """`HOST:PORT` where it listens for other ranks; empty: it can be the only one."""
 
 
 class Configure(_Message, frozen=True):
@@ -45,6 +47,8 @@ class Configure(_Message, frozen=True):
     epoch: int
     rank: int
     world_size: int
+    rendezvous: str
+    """`HOST:PORT` of rank 0's store, where all ranks of the epoch meet; empty: it is alone."""
     model: str
     """A local folder or a Hub id."""
     dtype: str

@@ -156,11 +156,13 @@ def serve(
     rank: int,
     device: str,
     phases: Phases,
+    address: str = "",
     spin_us: int | None = None,
 ) -> int:
     """Speaks with the core at `endpoint` until Shutdown, SIGTERM or an error.
 
-    `phases` are those of the start; the core gets them with the first Ready.
+    `phases` are those of the start; the core gets them with the first Ready. `address` is where
+    the process listens for other ranks.
     While results follow each other within `spin_us` it does not sleep; None: as the host allows.
 
     Returns the exit code: 0 after Shutdown or SIGTERM, 1 after a step that
@@ -171,7 +173,9 @@ def serve(
     link = Link(endpoint)
     linger_ms = 0
     try:
-        conversation = _Conversation(link, runner, phases, Spin(spin_us), rank=rank, device=device)
+        conversation = _Conversation(
+            link, runner, phases, Spin(spin_us), rank=rank, device=device, address=address
+        )
         code = conversation.run()
         linger_ms = _FAILED_LINGER_MS
     finally:
@@ -191,6 +195,7 @@ class _Conversation:
         *,
         rank: int,
         device: str,
+        address: str,
     ) -> None:
         self._link = link
         self._runner = runner
@@ -198,7 +203,11 @@ class _Conversation:
         """Until the first epoch is ready."""
         self._spin = spin
         self._hello = Hello(
-            protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid(), device=device
+            protocol_version=PROTOCOL_VERSION,
+            rank=rank,
+            pid=os.getpid(),
+            device=device,
+            address=address,
         )
         self._epoch: int | None = None
         """None while a Configure is awaited, of whatever epoch."""

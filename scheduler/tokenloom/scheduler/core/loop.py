@@ -189,6 +189,7 @@ class CoreLoop:
             epoch=self._epoch,
             rank=hello.rank,
             world_size=1,
+            rendezvous="",
             model=self._config.model,
             dtype=self._config.dtype,
             quantize=self._config.quantize,

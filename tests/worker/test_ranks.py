@@ -1,0 +1,170 @@
+"""A model on 1, 2 and 4 ranks, each a process: the same tokens, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.worker.checkpoints import (
+    generate,
+    load_quantized,
+    make_checkpoint,
+    quantize_checkpoint,
+)
+from tests.worker.driver import Driver, configuration, sampling
+from tests.worker.group import Group
+from tests.worker.test_parity import clear_prompt
+from tokenloom.wire.messages import StepDone
+
+POCKET = Path(__file__).parents[2] / "models" / "pocket"
+NUM_TOKENS = 12
+WIDE: dict[str, Any] = {"head_dim": 64, "intermediate_size": 256, "vocab_size": 97}
+"""Of which each of 4 ranks has whole blocks of 64, and an odd number of tokens."""
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Group]:
+    with Group(4) as started:
+        yield started
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    folder: Path
+    quantize: str
+    prompts: list[list[int]]
+    expected: list[list[int]]
+    """Greedy completions by transformers."""
+
+    def driver(self, group: Group, num_ranks: int) -> Driver:
+        configure = configuration(str(self.folder), quantize=self.quantize, max_num_requests=16)
+        ready = group.configure(configure, num_ranks)
+        return Driver(group.step, ready[0])
+
+
+CASES = {
+    "llama": ("llama", "none", None),
+    "llama-bias": ("llama-bias", "none", None),
+    "llama-tied": ("llama-tied", "none", None),
+    "mistral-window": ("mistral-window", "none", None),
+    "qwen2": ("qwen2", "none", None),
+    "qwen3": ("qwen3", "none", None),
+    "llama in nf4": ("llama", "nf4", None),
+    "qwen3 in nf4": ("qwen3", "nf4", None),
+    "llama stored in nf4": ("llama", "none", "nf4"),
+    "llama-bias stored in nested nf4": ("llama-bias", "none", "nf4-nested"),
+    "llama stored in int8": ("llama", "none", "int8"),
+}
+"""Checkpoint, what it is quantized to while it loads, what it is stored in."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    torch.set_num_threads(1)
+    name, quantize, stored = CASES[request.param]
+    folder = tmp_path_factory.mktemp(name)
+    model = make_checkpoint(folder, name, **WIDE)
+    if quantize != "none":
+        model = load_quantized(folder, quantize, skipped=["lm_head"])
+    if stored is not None:
+        out = folder / "out"
+        model = quantize_checkpoint(folder, out, stored, skipped=["lm_head"])
+        folder = out
+    prompts = [clear_prompt(model, length) for length in (1, 17, 40)]
+    return Subject(
+        folder=folder,
+        quantize=quantize,
+        prompts=prompts,
+        expected=[generate(model, prompt, NUM_TOKENS) for prompt in prompts],
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_greedy_output_is_that_of_transformers(
+    group: Group, subject: Subject, num_ranks: int
+) -> None:
+    driver = subject.driver(group, num_ranks)
+    assert driver.generate(subject.prompts, NUM_TOKENS, chunk=13) == subject.expected
+    assert driver.generate(subject.prompts[:1], NUM_TOKENS) == subject.expected[:1]
+
+
+PARAMS = {
+    "plain": [
+        sampling(temperature=1.1, seed=5),
+        sampling(temperature=0.8, top_p=0.9, seed=6),
+        sampling(),
+        sampling(temperature=1.3, top_k=20, min_p=0.02, seed=2**63 + 1),
+        sampling(temperature=0.7, seed=8),
+    ],
+    "edited": [
+        sampling(temperature=0.9, presence_penalty=0.6, seed=1),
+        sampling(repetition_penalty=1.4, frequency_penalty=0.3),
+        sampling(temperature=1.0, logit_bias=((96, 4.0), (3, -5.0)), seed=2),
+        sampling(temperature=1.2, min_tokens=6, stop_token_ids=tuple(range(40)), seed=3),
+        sampling(temperature=0.6, top_p=0.8, seed=4),
+    ],
+    "with logprobs": [
+        sampling(temperature=1.0, seed=1),
+        sampling(num_top_logprobs=3),
+        sampling(temperature=0.9, seed=2),
+        sampling(temperature=0.9, seed=2, num_top_logprobs=0),
+        sampling(temperature=1.0, top_k=5, seed=3, num_top_logprobs=5),
+    ],
+}
+"""A step's five rows are divided 3 and 2 among two ranks; the last of four has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    completions: list[list[int]]
+    last: StepDone
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make_checkpoint(folder, "llama", **WIDE)
+    return folder
+
+
+def draw(group: Group, folder: Path, num_ranks: int, kind: str) -> Drawn:
+    configure = configuration(str(folder), max_num_requests=8)
+    driver = Driver(group.step, group.configure(configure, num_ranks)[0])
+    prompts = [[(7 * row + at) % 97 for at in range(3 + 5 * row)] for row in range(5)]
+    completions = driver.generate(prompts, NUM_TOKENS, PARAMS[kind], chunk=11)
+    assert driver.last is not None
+    return Drawn(completions=completions, last=driver.last)
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_seeded_output_does_not_depend_on_the_ranks(group: Group, llama: Path, kind: str) -> None:
+    alone = draw(group, llama, 1, kind)
+    for num_ranks in (2, 4):
+        together = draw(group, llama, num_ranks, kind)
+        assert together.completions == alone.completions
+        assert_same_logprobs(together.last, alone.last)
+
+
+def assert_same_logprobs(found: StepDone, expected: StepDone) -> None:
+    assert len(found.logprobs) == len(expected.logprobs)
+    for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+        assert (one.row, one.top_ids) == (other.row, other.top_ids)
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_pocket_model_says_the_same_on_any_number_of_ranks(group: Group, quantize: str) -> None:
+    prompts = [[1, *range(300, 340)], [1, 17, 230, 512], [1, *range(600, 900, 3)]]
+    params = [sampling(), sampling(temperature=0.9, top_p=0.95, seed=11), sampling()]
+    found = []
+    for num_ranks in (1, 2, 4):
+        configure = configuration(str(POCKET), quantize=quantize, max_num_requests=4)
+        driver = Driver(group.step, group.configure(configure, num_ranks)[0])
+        found.append(driver.generate(prompts, 24, params, chunk=64))
+    assert found[1] == found[0]
+    assert found[2] == found[0]

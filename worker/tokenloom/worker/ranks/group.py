@@ -1,0 +1,72 @@
+"""A group over torch.distributed: NCCL between GPUs, gloo between CPUs.
+
+Whatever is called here may be captured in a CUDA graph, but for `smallest`. A rank that is lost
+leaves the others waiting; it is the core that notices and ends them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import functional
+
+from tokenloom.worker.ranks.base import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Group(Ranks):
+    """The default group of torch.distributed."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Takes the group that this process has joined with `device`."""
+        self.rank = distributed.get_rank()
+        self.num_ranks = distributed.get_world_size()
+        self._device = device
+
+    def sum(self, parts: Tensor) -> Tensor:
+        """Returns the sum of what all ranks have, in the memory of `parts`."""
+        if not parts.is_meta:
+            distributed.all_reduce(parts)
+        return parts
+
+    def own(self, num_rows: int) -> slice:
+        """Returns a run of rows: as many for each rank, while there are any."""
+        return list(self._runs(num_rows))[self.rank]
+
+    def spread(self, columns: Tensor, num_columns: int) -> Tensor:
+        """Returns [num_own, num_columns] for [num_rows, size] columns of each rank."""
+        num_rows, size = columns.shape
+        counts = [run.stop - run.start for run in self._runs(num_rows)]
+        num_own = counts[self.rank]
+        received = columns.new_empty((self.num_ranks, num_own, size))
+        if not columns.is_meta:
+            distributed.all_to_all_single(
+                received.view(-1, size), columns, [num_own] * self.num_ranks, counts
+            )
+        rows = received.transpose(0, 1).reshape(num_own, self.num_ranks * size)
+        return rows[:, :num_columns].contiguous()
+
+    def gather(self, own: Tensor, num_rows: int) -> Tensor:
+        """Returns [num_rows, …] of all ranks for [num_own, …] of each."""
+        num_each = -(-num_rows // self.num_ranks)
+        padding = (0, 0) * (own.dim() - 1) + (0, num_each - len(own))
+        gathered = own.new_empty((self.num_ranks * num_each, *own.shape[1:]))
+        if not own.is_meta:
+            distributed.all_gather_into_tensor(gathered, functional.pad(own, padding))
+        return gathered[:num_rows]
+
+    def smallest(self, number: int) -> int:
+        """Returns the smallest of the ranks' numbers."""
+        held = torch.tensor(number, device=self._device)
+        distributed.all_reduce(held, distributed.ReduceOp.MIN)
+        return int(held)
+
+    def _runs(self, num_rows: int) -> Iterator[slice]:
+        """Yields the rows of each rank."""
+        num_each = -(-num_rows // self.num_ranks)
+        for rank in range(self.num_ranks):
+            yield slice(min(rank * num_each, num_rows), min((rank + 1) * num_each, num_rows))
