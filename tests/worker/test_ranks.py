@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.worker.checkpoints import (
     generate,
@@ -16,10 +17,14 @@ from tests.worker.checkpoints import (
     make_checkpoint,
     quantize_checkpoint,
 )
-from tests.worker.driver import Driver, configuration, sampling
-from tests.worker.group import Group
+from tests.worker.driver import Driver, configuration, ints, sampling
+from tests.worker.group import Group, RankFailed
 from tests.worker.test_parity import clear_prompt
 from tokenloom.wire.messages import StepDone
+from tokenloom.worker.errors import LoadError
+from tokenloom.worker.options import WorkerOptions, host_towards
+from tokenloom.worker.ranks.meeting import Meeting
+from tokenloom.worker.runner import ModelRunner
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket"
 NUM_TOKENS = 12
@@ -168,3 +173,74 @@ def test_the_pocket_model_says_the_same_on_any_number_of_ranks(group: Group, qua
         found.append(driver.generate(prompts, 24, params, chunk=64))
     assert found[1] == found[0]
     assert found[2] == found[0]
+
+
+def test_ranks_agree_on_what_they_can_hold(group: Group, llama: Path) -> None:
+    configure = configuration(str(llama), max_num_requests=8)
+    [alone] = group.configure(configure, 1)
+    ready = group.configure(configure, 4)
+    sizes = {(each.num_blocks, each.vocab_size, each.max_step_tokens) for each in ready}
+    assert len(sizes) == 1
+    # A rank has one of the two key-value heads, and the last rank the smallest pool.
+    assert 1.9 * alone.num_blocks < ready[0].num_blocks <= 2 * alone.num_blocks
+    assert {each.kv_bytes for each in ready} != {ready[0].kv_bytes}
+    assert sum(each.weights_bytes for each in ready) > alone.weights_bytes
+    assert max(each.weights_bytes for each in ready) < 0.3 * alone.weights_bytes
+
+
+def test_a_row_that_is_not_finite_fails_alone_wherever_it_is_drawn(
+    group: Group, tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path, "llama", **WIDE)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][50] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    configure = configuration(str(tmp_path), max_num_requests=8)
+    driver = Driver(group.step, group.configure(configure, 2)[0])
+    for bad in range(5):
+        slots = [driver.add([3, 50 if row == bad else 9, 20 + row]) for row in range(5)]
+        tokens = driver.step(dict.fromkeys(slots, 3))
+        assert driver.last is not None
+        assert ints(driver.last.faulty_rows) == [bad]
+        assert tokens[slots[bad]] == 0
+        for slot in slots:
+            driver.release(slot)
+
+
+def test_a_refusal_says_how_many_ranks_would_do(group: Group, llama: Path) -> None:
+    refused = configuration(str(llama), quantize="nf4")
+    with pytest.raises(RankFailed, match=r"LoadError: .* 3 ranks: 4 attention .* by 1, 2, 4"):
+        group.configure(refused, 3)
+    assert len(group.configure(refused, 2)) == 2
+
+
+def test_a_group_is_made_anew_for_each_epoch(group: Group, llama: Path) -> None:
+    first, second = (draw(group, llama, 2, "plain") for _ in range(2))
+    assert first.completions == second.completions
+
+
+def test_a_worker_without_a_host_serves_alone(llama: Path) -> None:
+    runner = ModelRunner(WorkerOptions(device="cpu"))
+    assert runner.address == ""
+    configure = configuration(str(llama), num_ranks=2, rendezvous="127.0.0.1:1")
+    with pytest.raises(LoadError, match="world_size is 2; this worker serves alone"):
+        runner.configure(configure, lambda *_: None)
+
+
+def test_what_is_no_place_to_meet_is_named(llama: Path) -> None:
+    runner = ModelRunner(WorkerOptions(device="cpu", host="localhost"))
+    host, _, port = runner.address.rpartition(":")
+    assert host
+    assert 0 < int(port) < 65536
+    configure = configuration(str(llama), rank=1, num_ranks=2, rendezvous="nowhere")
+    with pytest.raises(LoadError, match="cannot meet the others at 'nowhere'"):
+        runner.configure(configure, lambda *_: None)
+    with pytest.raises(LoadError, match=r"no port of 192\.0\.2\.1 can be had"):
+        Meeting("192.0.2.1")
+
+
+def test_a_host_is_the_one_from_which_the_core_is_reached() -> None:
+    assert host_towards("ipc:///run/tokenloom/worker.sock") == "127.0.0.1"
+    assert host_towards("tcp://127.0.0.1:5555") == "127.0.0.1"
+    with pytest.raises(LoadError, match="there is no way to tcp:"):
+        host_towards("tcp://127.0.0.1")

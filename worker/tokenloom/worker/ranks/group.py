@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Group(Ranks):
     """The default group of torch.distributed."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Takes the group that this process has joined with `device`."""
-        self.rank = distributed.get_rank()
-        self.num_ranks = distributed.get_world_size()
+    def __init__(self, *, rank: int, num_ranks: int, device: torch.device) -> None:
+        """Takes what this process has joined it as; on the meta device there need be none."""
+        self.rank = rank
+        self.num_ranks = num_ranks
         self._device = device
 
     def sum(self, parts: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Group(Ranks):
 
     def gather(self, own: Tensor, num_rows: int) -> Tensor:
         """Returns [num_rows, …] of all ranks for [num_own, …] of each."""
-        num_each = -(-num_rows // self.num_ranks)
+        num_each = self._num_each(num_rows)
         padding = (0, 0) * (own.dim() - 1) + (0, num_each - len(own))
         gathered = own.new_empty((self.num_ranks * num_each, *own.shape[1:]))
         if not own.is_meta:
@@ -67,6 +67,14 @@ class Group(Ranks):
 
     def _runs(self, num_rows: int) -> Iterator[slice]:
         """Yields the rows of each rank."""
-        num_each = -(-num_rows // self.num_ranks)
+        num_each = self._num_each(num_rows)
         for rank in range(self.num_ranks):
             yield slice(min(rank * num_each, num_rows), min((rank + 1) * num_each, num_rows))
+
+    def _num_each(self, num_rows: int) -> int:
+        """Returns how many rows a rank has, while there are any: an even number.
+
+        So int64 slots of a rank's rows begin at a multiple of 16 bytes, as those of all rows
+        do: kernels are compiled anew for tensors that do not.
+        """
+        return -(-num_rows // (2 * self.num_ranks)) * 2

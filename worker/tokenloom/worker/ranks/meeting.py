@@ -75,7 +75,7 @@ class Meeting:
             raise LoadError(
                 f"rank {rank} of {num_ranks} cannot meet the others at {rendezvous!r}: {error}"
             ) from error
-        return Group(device)
+        return Group(rank=rank, num_ranks=num_ranks, device=device)
 
     def leave(self) -> None:
         """Ends the group that this process is in, if it is in one."""
