@@ -6,16 +6,10 @@ leaves the others waiting; it is the core that notices and ends them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, distributed
-from torch.nn import functional
 
 from tokenloom.worker.ranks.base import Ranks
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Group(Ranks):
@@ -35,12 +29,14 @@ class Group(Ranks):
 
     def own(self, num_rows: int) -> slice:
         """Returns a run of rows: as many for each rank, while there are any."""
-        return list(self._runs(num_rows))[self.rank]
+        counts = self._counts(num_rows)
+        first = sum(counts[: self.rank])
+        return slice(first, first + counts[self.rank])
 
     def spread(self, columns: Tensor, num_columns: int) -> Tensor:
         """Returns [num_own, num_columns] for [num_rows, size] columns of each rank."""
         num_rows, size = columns.shape
-        counts = [run.stop - run.start for run in self._runs(num_rows)]
+        counts = self._counts(num_rows)
         num_own = counts[self.rank]
         received = columns.new_empty((self.num_ranks, num_own, size))
         if not columns.is_meta:
@@ -52,12 +48,13 @@ class Group(Ranks):
 
     def gather(self, own: Tensor, num_rows: int) -> Tensor:
         """Returns [num_rows, …] of all ranks for [num_own, …] of each."""
-        num_each = self._num_each(num_rows)
-        padding = (0, 0) * (own.dim() - 1) + (0, num_each - len(own))
-        gathered = own.new_empty((self.num_ranks * num_each, *own.shape[1:]))
+        gathered = own.new_empty((num_rows, *own.shape[1:]))
         if not own.is_meta:
-            distributed.all_gather_into_tensor(gathered, functional.pad(own, padding))
-        return gathered[:num_rows]
+            copies = own.repeat(self.num_ranks, *(1 for _ in own.shape[1:]))
+            distributed.all_to_all_single(
+                gathered, copies, self._counts(num_rows), [len(own)] * self.num_ranks
+            )
+        return gathered
 
     def smallest(self, number: int) -> int:
         """Returns the smallest of the ranks' numbers."""
@@ -65,16 +62,11 @@ class Group(Ranks):
         distributed.all_reduce(held, distributed.ReduceOp.MIN)
         return int(held)
 
-    def _runs(self, num_rows: int) -> Iterator[slice]:
-        """Yields the rows of each rank."""
-        num_each = self._num_each(num_rows)
-        for rank in range(self.num_ranks):
-            yield slice(min(rank * num_each, num_rows), min((rank + 1) * num_each, num_rows))
-
-    def _num_each(self, num_rows: int) -> int:
-        """Returns how many rows a rank has, while there are any: an even number.
+    def _counts(self, num_rows: int) -> list[int]:
+        """Returns how many rows each rank draws: an even number, while there are any.
 
         So int64 slots of a rank's rows begin at a multiple of 16 bytes, as those of all rows
         do: kernels are compiled anew for tensors that do not.
         """
-        return -(-num_rows // (2 * self.num_ranks)) * 2
+        num_each = -(-num_rows // (2 * self.num_ranks)) * 2
+        return [min(max(num_rows - rank * num_each, 0), num_each) for rank in range(self.num_ranks)]
