@@ -21,7 +21,7 @@ from tests.worker.driver import Driver, configuration, ints, sampling
 from tests.worker.group import Group, RankFailed
 from tests.worker.test_parity import clear_prompt
 from tokenloom.wire.messages import StepDone
-from tokenloom.worker.errors import LoadError
+from tokenloom.worker.errors import LoadError, MeetingError
 from tokenloom.worker.options import WorkerOptions, host_towards
 from tokenloom.worker.ranks.meeting import Meeting
 from tokenloom.worker.runner import ModelRunner
@@ -233,7 +233,7 @@ def test_what_is_no_place_to_meet_is_named(llama: Path) -> None:
     assert host
     assert 0 < int(port) < 65536
     configure = configuration(str(llama), rank=1, num_ranks=2, rendezvous="nowhere")
-    with pytest.raises(LoadError, match="cannot meet the others at 'nowhere'"):
+    with pytest.raises(MeetingError, match="cannot meet the others at 'nowhere'"):
         runner.configure(configure, lambda *_: None)
     with pytest.raises(LoadError, match=r"no port of 192\.0\.2\.1 can be had"):
         Meeting("192.0.2.1")

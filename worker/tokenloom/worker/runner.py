@@ -68,6 +68,7 @@ class ModelRunner:
 
         Raises:
             LoadError: It cannot be served here.
+            MeetingError: The other ranks are not there.
         """
         self._slots = None
         with ExitStack() as stack:  # at its end the weights are there
@@ -124,7 +125,12 @@ class ModelRunner:
         return _DevicePending(step=step, outcome=outcome, start=start, end=end, clock=self._clock)
 
     def _join(self, configure: Configure, report: Callable[[str, float], None]) -> Ranks:
-        """Returns the group of an epoch, once all ranks are there. Raises LoadError."""
+        """Returns the group of an epoch, once all ranks are there.
+
+        Raises:
+            LoadError: This worker can only serve alone.
+            MeetingError: The other ranks are not there.
+        """
         if configure.world_size == 1:
             return ALONE
         if self._meeting is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from tokenloom.worker.errors import LoadError
+from tokenloom.worker.errors import LoadError, MeetingError
 from tokenloom.worker.ranks.group import Group
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Meeting:
         `rendezvous` is rank 0's address. A group that this process is in ends.
 
         Raises:
-            LoadError: There is no such place, or not all ranks came.
+            MeetingError: There is no such place, or not all ranks came.
         """
         self.leave()
         try:
@@ -72,7 +72,7 @@ class Meeting:
                 device_id=device if device.type == "cuda" else None,
             )
         except (RuntimeError, ValueError) as error:
-            raise LoadError(
+            raise MeetingError(
                 f"rank {rank} of {num_ranks} cannot meet the others at {rendezvous!r}: {error}"
             ) from error
         return Group(rank=rank, num_ranks=num_ranks, device=device)
