@@ -235,6 +235,8 @@ def test_what_is_no_place_to_meet_is_named(llama: Path) -> None:
     configure = configuration(str(llama), rank=1, num_ranks=2, rendezvous="nowhere")
     with pytest.raises(MeetingError, match="cannot meet the others at 'nowhere'"):
         runner.configure(configure, lambda *_: None)
+    with pytest.raises(MeetingError, match="epoch 1 comes after 1; a new process can join"):
+        runner.configure(configure, lambda *_: None)
     with pytest.raises(LoadError, match=r"no port of 192\.0\.2\.1 can be had"):
         Meeting("192.0.2.1")
 

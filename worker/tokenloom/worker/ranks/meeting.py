@@ -1,10 +1,10 @@
 """How the ranks of an epoch find each other.
 
-    rank 0   bound since the start ── listens ── store ◀── all ranks: who is where ── group
-    rank 1   bound since the start, for the day on which it is rank 0
+    rank 0   listens since its start ── store ◀── all ranks: who is where ── group
+    rank 1   listens since its start, for the day on which it is rank 0
 
-Every process binds a port when it starts and tells it with its Hello; the core makes one of
-them rank 0 and tells all where it is. Each epoch is a group of its own.
+Every process tells its port with its Hello; the core makes one of them rank 0 and tells all
+where it is. Each epoch is a group of its own, and has its own names in the store.
 """
 
 from __future__ import annotations
@@ -31,18 +31,22 @@ class Meeting:
     """A port of this process, and the group that it is in."""
 
     def __init__(self, host: str) -> None:
-        """Binds a port of `host`, which is this machine. Raises LoadError."""
+        """Listens on a port of `host`, which is this machine. Raises LoadError."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 host, 0, type=socket.SOCK_STREAM
             )[0]
             self._socket = socket.socket(family, kind, protocol)
             self._socket.bind(address)
+            # Who connects early waits here; one that was refused would try again in a second.
+            self._socket.listen()
         except OSError as error:
             raise LoadError(f"no port of {host} can be had for other ranks: {error}") from error
         self._host, self._port = self._socket.getsockname()[:2]
         self._store: TCPStore | None = None
         """This process's own, from when it is first rank 0."""
+        self._epoch: int | None = None
+        """The last one that it joined."""
 
     @property
     def address(self) -> str:
@@ -58,8 +62,12 @@ class Meeting:
         `rendezvous` is rank 0's address. A group that this process is in ends.
 
         Raises:
-            MeetingError: There is no such place, or not all ranks came.
+            MeetingError: There is no such place, not all ranks came, or the epoch is not later
+                than the last one: the core is another one, and names in the store mean nothing.
         """
+        if self._epoch is not None and epoch <= self._epoch:
+            raise MeetingError(f"epoch {epoch} comes after {self._epoch}; a new process can join")
+        self._epoch = epoch
         self.leave()
         try:
             store = self._open() if rank == 0 else _connected(rendezvous)
