@@ -15,6 +15,7 @@ from tests.worker.test_parity import random_prompt
 from tests.worker.test_quantized import QKV, assert_same, load_weights, whole
 from tokenloom.worker.loading import LoadedModel, load_model
 from tokenloom.worker.options import WorkerOptions
+from tokenloom.worker.ranks import ALONE
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.saving.writing import QuantizeOptions, save_quantized
 from tokenloom.worker.weights.formats import EightBits, FourBits
@@ -29,7 +30,7 @@ def load(folder: Path, quantize: str, dtype: str = "bfloat16") -> LoadedModel:
     configure = configuration(str(folder), dtype=dtype, quantize=quantize)
     with (
         torch.inference_mode(),
-        load_model(configure, options, CUDA, lambda *_: None) as loaded,
+        load_model(configure, options, CUDA, lambda *_: None, lambda: ALONE) as loaded,
     ):
         return loaded
 

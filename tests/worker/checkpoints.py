@@ -70,10 +70,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_checkpoint(folder: Path, name: str, *, max_shard_size: str = "1GB") -> PreTrainedModel:
+def make_checkpoint(
+    folder: Path, name: str, *, max_shard_size: str = "1GB", **changes: object
+) -> PreTrainedModel:
     """Writes a random checkpoint and returns transformers' model of it, float32."""
     torch.manual_seed(sum(name.encode()))
-    options = SMALL | CONFIGS[name]
+    options = SMALL | CONFIGS[name] | changes
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -53,6 +53,9 @@ def configuration(
     model: str = "",
     *,
     epoch: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
+    rendezvous: str = "",
     dtype: str = "auto",
     quantize: str = "none",
     quantize_lm_head: bool = False,
@@ -64,9 +67,9 @@ def configuration(
 ) -> Configure:
     return Configure(
         epoch=epoch,
-        rank=0,
-        world_size=1,
-        rendezvous="",
+        rank=rank,
+        world_size=num_ranks,
+        rendezvous=rendezvous,
         model=model,
         dtype=dtype,
         quantize=quantize,

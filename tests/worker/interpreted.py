@@ -60,6 +60,7 @@ def main() -> None:
             num_rows, num_outputs, num_inputs, bias=bias, dtype=DTYPE, device=DEVICE
         )
         kernel_cases.assert_multiplies_like_its_twin(operations, case)
+        kernel_cases.assert_multiplies_like_its_twin(operations, case, kernel_cases.Twins())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tokenloom.worker.attention import Attention, Pages, Scales
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.kernels import Operations, Residual
 from tokenloom.worker.kernels.twin import TorchOperations
+from tokenloom.worker.ranks import ALONE, Alone, Ranks
 from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear, Linear
 
 EPS = 1e-6
@@ -213,9 +214,9 @@ class LinearCase:
     narrow: Linear
     """[num_inputs, num_outputs]"""
 
-    def apply(self, operations: Operations) -> tuple[Tensor, Tensor, Tensor]:
+    def apply(self, operations: Operations, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor]:
         """Returns what each operation with a matmul makes of it."""
-        residual = Residual(self.hidden.clone())
+        residual = Residual(self.hidden.clone(), ranks=ranks)
         product = operations.norm_linear(residual, self.norm_weight, EPS, self.wide)
         gated = operations.norm_gate_up(residual, self.norm_weight, EPS, self.wide)
         operations.add_linear(residual, product[:, : gated.shape[1]].contiguous(), self.narrow)
@@ -284,8 +285,20 @@ def eight_bit_case(
     )
 
 
-def assert_multiplies_like_its_twin(operations: Operations, case: LinearCase) -> None:
-    for mine, expected in zip(case.apply(operations), case.apply(TorchOperations()), strict=True):
+class Twins(Alone):
+    """One of two ranks, of which the other has the same part of each sum."""
+
+    num_ranks = 2
+
+    def sum(self, parts: Tensor) -> Tensor:
+        return parts.mul_(2)
+
+
+def assert_multiplies_like_its_twin(
+    operations: Operations, case: LinearCase, ranks: Ranks = ALONE
+) -> None:
+    results = case.apply(operations, ranks), case.apply(TorchOperations(), ranks)
+    for mine, expected in zip(*results, strict=True):
         assert mine.shape == expected.shape
         wrong = (mine.double() - expected.double()).norm(dim=1)
         # Few results fall on the other side of a rounding; no row is wrong on its own. A row of

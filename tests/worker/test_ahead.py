@@ -19,6 +19,7 @@ from tokenloom.wire.messages import Ready, Step, StepDone
 from tokenloom.worker.attention.reference import ReferenceAttention
 from tokenloom.worker.loading import LoadedModel
 from tokenloom.worker.options import WorkerOptions
+from tokenloom.worker.ranks.group import Group
 from tokenloom.worker.runner import ModelRunner
 from tokenloom.worker.steps.computing import Rows, compute
 from tokenloom.worker.steps.graphs import StepGraphs
@@ -95,7 +96,7 @@ class Uncaptured(StepGraphs):
 
 def answering(loaded: LoadedModel, limits: Limits, *, fixed: bool) -> Callable[[Step], StepDone]:
     """Returns what computes steps, in fixed shapes or as they come; all tokens are zero."""
-    rows, slots = Rows.empty(limits, loaded.decoder.operations, META), Slots(limits)
+    rows, slots = Rows.empty(limits, loaded.decoder, META), Slots(limits)
     if fixed:
         steps = FixedSteps(loaded, rows.batch, rows.sampler, limits)
         rows = replace(rows, graphs=Uncaptured(steps, META))
@@ -116,16 +117,24 @@ def answering(loaded: LoadedModel, limits: Limits, *, fixed: bool) -> Callable[[
 
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize(
-    ("name", "kv_cache"),
-    [("llama", "auto"), ("qwen3", "auto"), ("qwen2-window", "auto"), ("llama", "fp8")],
+    ("name", "kv_cache", "num_ranks"),
+    [
+        ("llama", "auto", 1),
+        ("qwen3", "auto", 1),
+        ("qwen2-window", "auto", 1),
+        ("llama", "fp8", 1),
+        ("llama", "auto", 2),
+    ],
 )
 def test_steps_launch_nothing_that_was_not_compiled_ahead(
-    tmp_path: Path, name: str, kv_cache: str, *, fixed: bool
+    tmp_path: Path, name: str, kv_cache: str, num_ranks: int, *, fixed: bool
 ) -> None:
     from tokenloom.worker.steps.ahead import launch_all
 
     with torch.inference_mode():
         loaded, limits, ready = on_a_gpu(tmp_path, name, kv_cache)
+        if num_ranks > 1:
+            loaded = loaded.among(Group(rank=1, num_ranks=num_ranks, device=META))
         with recorded() as ahead:
             launch_all(loaded, limits)
         with recorded() as launched:

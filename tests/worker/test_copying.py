@@ -37,7 +37,7 @@ def places_for(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
 
 
 def fillings(folder: Path, places: Mapping[str, Tensor]) -> list[Filling]:
-    return match(read_tensors(folder), places, formats={}, dtype=torch.float32)
+    return match(read_tensors(folder), places, parts={}, formats={}, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])

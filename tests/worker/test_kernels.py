@@ -57,3 +57,19 @@ def test_operations_with_a_matmul_are_made_of_the_others() -> None:
     assert torch.equal(product, expected)
     assert torch.equal(gated, operations.silu_mul(expected))
     assert torch.equal(added, case.hidden + case.narrow(expected[:, :8]))
+
+
+def test_ranks_add_the_sum_of_their_parts_once() -> None:
+    case = kernel_cases.linear_case(3, 8, 16, bias=True, dtype=torch.float32, device="cpu")
+    product, _, added = case.apply(TorchOperations(), kernel_cases.Twins())
+    assert torch.equal(added, case.hidden + 2 * case.narrow(product[:, :8]))
+
+
+def test_ranks_sum_only_the_rows_that_are_left() -> None:
+    residual = Residual(torch.zeros(3, 2), ranks=kernel_cases.Twins())
+    residual.add_later(torch.ones(3, 2))
+    assert residual.at(torch.tensor([2, 0])).sum().tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    residual.add_now(
+        lambda out, before: out.copy_(torch.full((3, 2), 3.0 if before is None else 9))
+    )
+    assert residual.sum().tolist() == [[8.0, 8.0]] * 3

@@ -44,6 +44,7 @@ from tokenloom.worker.weights.merged import (
     destinations,
 )
 from tokenloom.worker.weights.precision import choose_formats
+from tokenloom.worker.weights.sharding import Shard
 
 CPU = torch.device("cpu")
 PROMPT = [5, 3, 80, 41, 7]
@@ -59,13 +60,20 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take_memory(
-    folder: Path, *, quantize: str = "none", lm_head: bool = False, dtype: str = "float32"
+    folder: Path,
+    *,
+    quantize: str = "none",
+    lm_head: bool = False,
+    dtype: str = "float32",
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> tuple[Weights, list[Filling], WeightBytes]:
     """Returns the weights as a GPU keeps them, what fills them, and what is planned for them."""
-    config = ModelConfig.parse(read_config(folder))
+    shard = Shard(whole=ModelConfig.parse(read_config(folder)), rank=rank, num_ranks=num_ranks)
+    config = shard.config
     stored = interpret(read_tensors(folder), config)
     formats = choose_formats(
-        matrices(config),
+        matrices(shard.whole),
         stored,
         own=config.quantized_to,
         quantize=quantize,
@@ -74,16 +82,27 @@ def take_memory(
     weights = allocate_weights(
         config, formats=formats, int8_threshold=0.0, dtype=DTYPES[dtype], device=CPU
     )
-    fillings = match(stored, destinations(config, weights), formats=formats, dtype=DTYPES[dtype])
+    places = destinations(config, weights)
+    fillings = match(
+        stored, places, parts=shard.parts(places), formats=formats, dtype=DTYPES[dtype]
+    )
     forms = {matrix.name: formats.get(matrix.name) for matrix in matrices(config)}
     return weights, fillings, weight_bytes(config, forms, DTYPES[dtype].itemsize)
 
 
 def load_weights(
-    folder: Path, *, quantize: str = "none", lm_head: bool = False, dtype: str = "float32"
+    folder: Path,
+    *,
+    quantize: str = "none",
+    lm_head: bool = False,
+    dtype: str = "float32",
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Weights:
     """Returns the weights as a GPU keeps them."""
-    weights, fillings, _ = take_memory(folder, quantize=quantize, lm_head=lm_head, dtype=dtype)
+    weights, fillings, _ = take_memory(
+        folder, quantize=quantize, lm_head=lm_head, dtype=dtype, rank=rank, num_ranks=num_ranks
+    )
     with Copying(fillings, CPU, num_threads=3) as under_way:
         under_way.wait(lambda _: None)
     return weights

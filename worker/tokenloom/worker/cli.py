@@ -24,6 +24,7 @@ from tokenloom.worker.options import (
     WorkerOptions,
     argument,
     default_cpu_threads,
+    host_towards,
     parse_bytes,
     parse_count,
     parse_fraction,
@@ -47,15 +48,16 @@ def worker(argv: list[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr
     )
     phases = Phases("imports", process_start_s())
-    options = WorkerOptions(
-        device=args.device,
-        attention=args.attention,
-        graphs=args.cuda_graphs,
-        kv_cache_bytes=args.kv_cache_bytes,
-        kv_memory_fraction=args.kv_memory_fraction,
-    )
     try:
         keep_kernels(args.kernel_cache)
+        options = WorkerOptions(
+            device=args.device,
+            attention=args.attention,
+            graphs=args.cuda_graphs,
+            kv_cache_bytes=args.kv_cache_bytes,
+            kv_memory_fraction=args.kv_memory_fraction,
+            host=args.host or host_towards(args.connect),
+        )
         runner = _runner(options, phases, args.cpu_threads)
     except LoadError as error:
         _log.error("%s", error)
@@ -65,6 +67,7 @@ def worker(argv: list[str] | None = None) -> int:
             serving,
             endpoint=args.connect,
             device=str(runner.device),
+            address=runner.address,
             phases=phases,
             spin_us=args.spin_us,
         )
@@ -116,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="ENDPOINT",
         help="where the core listens, as ZeroMQ writes it: ipc:///run/tokenloom/worker.sock",
+    )
+    parser.add_argument(
+        "--host",
+        metavar="HOST",
+        help="name or address of this machine for the other ranks of a model (default: the one"
+        " from which it reaches the core)",
     )
     parser.add_argument(
         "--device",

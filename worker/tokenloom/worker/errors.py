@@ -5,6 +5,7 @@ WorkerError
 │   ├── UnsupportedModelError
 │   ├── CheckpointError
 │   └── PoolError
+├── MeetingError           the ranks of an epoch do not meet; the process exits with 1
 ├── ProtocolError          a Step contradicts the ones before it; the process exits with 1
 └── CudaError              a kernel cannot be compiled, loaded or launched
 """
@@ -30,6 +31,10 @@ class CheckpointError(LoadError):
 
 class PoolError(LoadError):
     """The memory left for the KV pool is too small."""
+
+
+class MeetingError(WorkerError):
+    """The other ranks of an epoch were not where they should be, or did not come."""
 
 
 class ProtocolError(WorkerError):

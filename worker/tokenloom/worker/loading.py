@@ -48,6 +48,7 @@ from tokenloom.worker.weights.merged import (
 )
 from tokenloom.worker.weights.precision import choose_formats
 from tokenloom.worker.weights.rounding import load_bitsandbytes
+from tokenloom.worker.weights.sharding import Shard, check_split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from tokenloom.wire.messages import Configure
     from tokenloom.worker.attention import Attention
     from tokenloom.worker.options import WorkerOptions
+    from tokenloom.worker.ranks import Ranks
     from tokenloom.worker.weights.merged import Weights
 
 _log = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ class ModelAsked:
     quantize_lm_head: bool
     int8_threshold: float
     kv_cache: str
+    rank: int
+    num_ranks: int
 
     @staticmethod
     def of(configure: Configure) -> ModelAsked:
@@ -88,6 +92,8 @@ class ModelAsked:
             quantize_lm_head=configure.quantize_lm_head,
             int8_threshold=configure.int8_threshold,
             kv_cache=configure.kv_cache,
+            rank=configure.rank,
+            num_ranks=configure.world_size,
         )
 
 
@@ -97,6 +103,7 @@ class LoadedModel:
 
     asked: ModelAsked
     config: ModelConfig
+    """Of the whole decoder, whatever this rank has of it."""
     decoder: Decoder
     attention: Attention
     pool: KVPool
@@ -107,6 +114,10 @@ class LoadedModel:
         decoder = self.decoder.excerpt().outline()
         return replace(self, decoder=decoder, pool=self.pool.outline())
 
+    def among(self, ranks: Ranks) -> LoadedModel:
+        """Returns the same model in another group."""
+        return replace(self, decoder=self.decoder.among(ranks))
+
 
 @contextmanager
 def load_model(
@@ -114,21 +125,27 @@ def load_model(
     options: WorkerOptions,
     device: torch.device,
     report: Callable[[str, float], None],
+    join: Callable[[], Ranks],
 ) -> Iterator[LoadedModel]:
-    """Yields the model that `configure` names; its weights are there at the end of `with`.
+    """Yields what this rank has of the model that `configure` names.
+
+    Its weights are there at the end of `with`.
 
     Until then they are zeros or the checkpoint's own: good enough to compile kernels
-    and to capture steps. `report` takes a phase and a fraction.
+    and to capture steps. `report` takes a phase and a fraction; `join` is called once, when the
+    weights have their memory: what a group takes is no longer there for the KV pool.
 
     Raises:
         LoadError: It cannot be loaded here; of files that cannot be read, at the end of `with`.
     """
     report("finding the checkpoint", 0.0)
     folder = locate(configure.model)
-    config = ModelConfig.parse(read_config(folder))
-    dtype = _dtype(configure.dtype, config, device)
+    whole = ModelConfig.parse(read_config(folder))
+    dtype = _dtype(configure.dtype, whole, device)
     kv_dtype = _kv_dtype(configure.kv_cache, dtype, device)
-    weights, fillings = _take_memory(folder, config, configure, dtype, device)
+    shard = Shard(whole=whole, rank=configure.rank, num_ranks=configure.world_size)
+    weights, fillings = _take_memory(folder, shard, configure, dtype, device)
+    config = shard.config
     with Copying(fillings, device) as copying:
         attention = choose_attention(
             options.attention,
@@ -154,10 +171,11 @@ def load_model(
             num_positions=config.max_model_tokens,
             device=device,
         )
+        ranks = join()
         yield LoadedModel(
             asked=ModelAsked.of(configure),
-            config=config,
-            decoder=Decoder(config, weights, rotary, operations),
+            config=whole,
+            decoder=Decoder(config, weights, rotary, operations, ranks),
             attention=attention,
             pool=_pool(config, weights, configure, options, attention, dtype, kv_dtype, device),
             weights_bytes=sum(filling.num_place_bytes for filling in fillings),
@@ -166,7 +184,9 @@ def load_model(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what quantizing took a stage at a time
     _log.info(
-        "weights: %.2f GB in %.2f s, %.1f GB/s",
+        "weights of rank %d of %d: read %.2f GB in %.2f s, %.1f GB/s",
+        configure.rank,
+        configure.world_size,
         copying.num_bytes / 1e9,
         copying.seconds,
         copying.num_bytes / 1e9 / copying.seconds,
@@ -175,21 +195,23 @@ def load_model(
 
 def _take_memory(
     folder: Path,
-    config: ModelConfig,
+    shard: Shard,
     configure: Configure,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Weights, list[Filling]]:
-    """Returns zeros for the weights, and what fills them."""
+    """Returns zeros for the weights, and what fills them. Raises LoadError."""
+    config = shard.config
     stored = interpret(read_tensors(folder), config)
     formats = choose_formats(
-        matrices(config),
+        matrices(shard.whole),
         stored,
         own=config.quantized_to,
         quantize=configure.quantize,
         quantize_lm_head=configure.quantize_lm_head,
         int8_threshold=configure.int8_threshold,
     )
+    check_split(shard.whole, shard.num_ranks, formats)
     # A CPU that has codes to look up computes a token ten times as slowly: there they are made
     # dense as they are loaded. The numbers are those of the format, the memory is not. Where
     # outliers are parted, speed is not asked for.
@@ -205,7 +227,8 @@ def _take_memory(
     weights = allocate_weights(
         config, formats=kept, int8_threshold=threshold, dtype=dtype, device=device
     )
-    fillings = match(stored, destinations(config, weights), formats=formats, dtype=dtype)
+    places = destinations(config, weights)
+    fillings = match(stored, places, parts=shard.parts(places), formats=formats, dtype=dtype)
     if any(filling.rounded_to is not None for filling in fillings):
         load_bitsandbytes()
     return weights, fillings

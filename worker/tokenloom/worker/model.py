@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenloom.worker.kernels import Residual
+from tokenloom.worker.ranks import ALONE
 from tokenloom.worker.weights.merged import form, outline
 
 if TYPE_CHECKING:
     from tokenloom.worker.attention import Attention, Pages, Spans
     from tokenloom.worker.config import ModelConfig
     from tokenloom.worker.kernels import Operations
+    from tokenloom.worker.ranks import Ranks
     from tokenloom.worker.weights.merged import Weights
 
 
@@ -27,17 +29,31 @@ class Decoder:
     """Embedding, layers, head. It holds no state of any request."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, rotary: Tensor, operations: Operations
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        rotary: Tensor,
+        operations: Operations,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`rotary` is the table [num_positions, 2, head_dim / 2] of `rotary_table`."""
+        """Takes what a rank has of a decoder, and the ranks that have the rest.
+
+        `config` and `weights` are the rank's own; `rotary` is the table
+        [num_positions, 2, head_dim / 2] of `rotary_table`.
+        """
         self._config = config
         self.operations = operations
+        self.ranks = ranks
         self._weights = weights
         self._rotary = rotary.to(weights.embedding.dtype)
 
+    def among(self, ranks: Ranks) -> Decoder:
+        """Returns the same decoder in another group."""
+        return Decoder(self._config, self._weights, self._rotary, self.operations, ranks)
+
     @property
     def embedding(self) -> Tensor:
-        """Rows of the tokens, [vocab_size, hidden_size]."""
+        """Rows of the tokens, [vocab_size, hidden_size]; of a rank, those of its own tokens."""
         return self._weights.embedding
 
     def excerpt(self) -> Decoder:
@@ -56,12 +72,16 @@ class Decoder:
         )
         layers = tuple(self._weights.layers[index] for index in indices)
         weights = replace(self._weights, layers=layers)
-        return Decoder(config, weights, self._rotary, self.operations)
+        return Decoder(config, weights, self._rotary, self.operations, self.ranks)
 
     def outline(self) -> Decoder:
         """Returns the decoder on torch's meta device: shapes without content."""
         return Decoder(
-            self._config, outline(self._weights), self._rotary.to("meta"), self.operations
+            self._config,
+            outline(self._weights),
+            self._rotary.to("meta"),
+            self.operations,
+            self.ranks,
         )
 
     def forward(
@@ -87,10 +107,10 @@ class Decoder:
             out: Where the logits go, if that matters.
 
         Returns:
-            [num_rows, vocab_size] logits in the model's type.
+            [num_rows, vocab_size] logits in the model's type; of a rank, those of its own tokens.
         """
         eps, ops = self._config.rms_norm_eps, self.operations
-        residual = Residual(functional.embedding(tokens, self._weights.embedding))
+        residual = Residual(self._embed(tokens), ranks=self.ranks)
         angles = self._rotary[positions]  # [num_tokens, 2, head_dim / 2]
         for index, layer in enumerate(self._weights.layers):
             # Rows of num_heads + 2 * num_kv_heads heads, side by side.
@@ -106,3 +126,13 @@ class Decoder:
         if rows is not None:
             residual = residual.at(rows)
         return ops.norm_linear(residual, self._weights.final_norm, eps, self._weights.head, out)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Returns [num_tokens, hidden_size] rows of [num_tokens] ids."""
+        own = self.embedding
+        if self.ranks.num_ranks == 1:
+            return functional.embedding(tokens, own)
+        places = tokens - self.ranks.rank * len(own)
+        elsewhere = (places < 0) | (places >= len(own))
+        rows = functional.embedding(places.masked_fill(elsewhere, 0), own)
+        return self.ranks.sum(rows.masked_fill(elsewhere[:, None], 0))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
+
+from tokenloom.worker.errors import LoadError
 
 ATTENTION_NAMES = ("auto", "flash4", "flash2", "triton", "torch")
 CPU_KV_CACHE = "256MiB"
@@ -32,6 +35,8 @@ class WorkerOptions:
     kv_memory_fraction: float = 0.92
     """Part of the device memory that the weights leave free, less the scratch memory of the
     largest step, that the KV pool takes."""
+    host: str | None = None
+    """Name or address of this machine for other ranks; None: it serves alone."""
 
 
 def default_cpu_threads() -> int:
@@ -42,6 +47,24 @@ def default_cpu_threads() -> int:
     as long.
     """
     return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def host_towards(endpoint: str) -> str:
+    """Returns this machine's address as seen from a ZeroMQ endpoint, where the core listens.
+
+    Raises LoadError if there is no way to it.
+    """
+    if not endpoint.startswith("tcp://"):
+        return "127.0.0.1"
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as towards:
+            towards.connect(address)  # sends nothing
+            return str(towards.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise LoadError(f"there is no way to {endpoint}: {error}") from error
 
 
 def parse_bytes(text: str) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ from tokenloom.worker.loading import (
     max_model_tokens,
     max_step_tokens,
 )
+from tokenloom.worker.ranks import ALONE
+from tokenloom.worker.ranks.meeting import Meeting
 from tokenloom.worker.steps.computing import Rows, compute
 from tokenloom.worker.steps.graphs import StepGraphs
 from tokenloom.worker.steps.results import Outcome, step_done
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tokenloom.worker.options import WorkerOptions
+    from tokenloom.worker.ranks import Ranks
 
 _POLL_S = 50e-6
 """How often the loop looks whether the device is done: short beside a step of milliseconds."""
@@ -52,6 +56,7 @@ class ModelRunner:
         """Raises LoadError if the machine has no such device."""
         self._options = options
         self.device = find_device(options.device)
+        self._meeting = None if options.host is None else Meeting(options.host)
         self._clock = StepClock()
         self._loaded: LoadedModel | None = None
         self._rows: Rows | None = None
@@ -63,17 +68,20 @@ class ModelRunner:
 
         Raises:
             LoadError: It cannot be served here.
+            MeetingError: The other ranks are not there.
         """
-        if configure.world_size != 1:
-            raise LoadError(f"world_size is {configure.world_size}; a worker serves alone")
         self._slots = None
         with ExitStack() as stack:  # at its end the weights are there
-            if not self._holds(configure):
+            join = partial(self._join, configure, report)
+            loaded = self._held(configure)
+            if loaded is None:
                 self._rows = self._loaded = None  # before the next is loaded: both may not fit
-                loading = load_model(configure, self._options, self.device, report)
-                self._loaded = stack.enter_context(loading)
-            loaded = self._loaded
-            assert loaded is not None
+                loading = load_model(configure, self._options, self.device, report, join)
+                loaded = stack.enter_context(loading)
+            elif configure.world_size > 1:
+                self._rows = None  # what was captured speaks to the group of the last epoch
+                loaded = loaded.among(join())
+            self._loaded = loaded
             limits = _limits(configure, loaded, self.device)
             if self._rows is None or self._rows.limits != limits:
                 self._rows = None
@@ -82,7 +90,7 @@ class ModelRunner:
         self._clock = StepClock()
         return Ready(
             epoch=configure.epoch,
-            num_blocks=loaded.pool.num_blocks,
+            num_blocks=limits.num_blocks,
             block_size=loaded.attention.block_size,
             vocab_size=loaded.config.vocab_size,
             max_model_tokens=max_model_tokens(configure, loaded.config),
@@ -90,6 +98,11 @@ class ModelRunner:
             weights_bytes=loaded.weights_bytes,
             kv_bytes=loaded.pool.num_bytes,
         )
+
+    @property
+    def address(self) -> str:
+        """Where other ranks can meet at this one; empty if they cannot."""
+        return "" if self._meeting is None else self._meeting.address
 
     @torch.inference_mode()
     def launch(self, step: Step) -> _HostPending | _DevicePending:
@@ -111,6 +124,26 @@ class ModelRunner:
         end.record()
         return _DevicePending(step=step, outcome=outcome, start=start, end=end, clock=self._clock)
 
+    def _join(self, configure: Configure, report: Callable[[str, float], None]) -> Ranks:
+        """Returns the group of an epoch, once all ranks are there.
+
+        Raises:
+            LoadError: This worker can only serve alone.
+            MeetingError: The other ranks are not there.
+        """
+        if configure.world_size == 1:
+            return ALONE
+        if self._meeting is None:
+            raise LoadError(f"world_size is {configure.world_size}; this worker serves alone")
+        report("meeting the other ranks", 0.0)
+        return self._meeting.join(
+            epoch=configure.epoch,
+            rank=configure.rank,
+            num_ranks=configure.world_size,
+            rendezvous=configure.rendezvous,
+            device=self.device,
+        )
+
     def _prepare(
         self,
         epoch: int,
@@ -119,7 +152,7 @@ class ModelRunner:
         report: Callable[[str, float], None],
     ) -> Rows:
         """Returns empty rows; on CUDA, kernels are compiled and steps captured."""
-        rows = Rows.empty(limits, loaded.decoder.operations, self.device)
+        rows = Rows.empty(limits, loaded.decoder, self.device)
         report("loading kernels", 0.0)
         with self._compiling(limits, loaded):
             loaded.attention.load()
@@ -146,9 +179,10 @@ class ModelRunner:
 
         return compiled_ahead(loaded, limits, self.device)
 
-    def _holds(self, configure: Configure) -> bool:
-        """Returns whether the model asked for is in memory already."""
-        return self._loaded is not None and self._loaded.asked == ModelAsked.of(configure)
+    def _held(self, configure: Configure) -> LoadedModel | None:
+        """Returns the model asked for if it is in memory already."""
+        held = self._loaded
+        return held if held is not None and held.asked == ModelAsked.of(configure) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +219,9 @@ def _event() -> torch.cuda.Event:
 
 
 def _limits(configure: Configure, loaded: LoadedModel, device: torch.device) -> Limits:
-    num_blocks, block_size = loaded.pool.num_blocks, loaded.attention.block_size
+    """Returns what all ranks can hold: they warm up and capture the same steps."""
+    num_blocks = loaded.decoder.ranks.smallest(loaded.pool.num_blocks)
+    block_size = loaded.attention.block_size
     return Limits(
         num_slots=configure.max_num_requests,
         num_blocks=num_blocks,

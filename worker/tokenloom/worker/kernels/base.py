@@ -10,9 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+from torch import Tensor
+
+from tokenloom.worker.ranks import ALONE, Ranks
+
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from collections.abc import Callable
 
     from tokenloom.worker.attention import Pages
     from tokenloom.worker.weights.linears import Linear
@@ -43,13 +47,17 @@ class Residual:
 
     What a matmul adds may be left aside: whoever normalizes the sum next adds it
     in the same pass. It is [num_rows, hidden_size] like the states or, unfinished,
-    float32 [num_splits, num_rows, hidden_size] partial sums of it.
+    float32 [num_splits, num_rows, hidden_size] partial sums of it. All ranks have
+    the same states; of an update each has a part, and the ranks' sum is what is added.
     """
 
-    def __init__(self, hidden: Tensor, update: Tensor | None = None) -> None:
+    def __init__(
+        self, hidden: Tensor, update: Tensor | None = None, *, ranks: Ranks = ALONE
+    ) -> None:
         """Takes [num_rows, hidden_size] states, to be changed in place, and what they lack."""
         self._hidden = hidden
         self._update = update
+        self._ranks = ranks
 
     def __len__(self) -> int:
         return len(self._hidden)
@@ -58,9 +66,24 @@ class Residual:
         """Leaves aside what is to be added."""
         self._hidden, self._update = self.sum(), update
 
+    def add_now(self, multiply: Callable[[Tensor, Tensor | None], object]) -> None:
+        """Adds what a kernel computes, in the same pass if this rank has all of it.
+
+        `multiply` takes where the result goes, and what it is added to: the same, or None.
+        """
+        if self._ranks.num_ranks == 1:
+            hidden = self.sum()
+            multiply(hidden, hidden)
+        else:
+            update = torch.empty_like(self._hidden)
+            multiply(update, None)
+            self.add_later(update)
+
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Returns the states, and what the caller is now to add to them in place."""
         update, self._update = self._update, None
+        if update is not None and self._ranks.num_ranks > 1:
+            update = self._ranks.sum(finished(update, self._hidden.dtype))
         return self._hidden, update
 
     def sum(self) -> Tensor:
@@ -71,7 +94,7 @@ class Residual:
     def at(self, rows: Tensor) -> Residual:
         """Returns a copy of int64 [num_rows] rows."""
         update = None if self._update is None else self._update[..., rows, :]
-        return Residual(self._hidden[rows], update)
+        return Residual(self._hidden[rows], update, ranks=self._ranks)
 
 
 def finished(update: Tensor, dtype: torch.dtype) -> Tensor:

@@ -221,19 +221,20 @@ class FusedOperations(Operations):
     def add_linear(self, residual: Residual, rows: Tensor, linear: Linear) -> None:
         """Adds the matrix times [num_rows, num_inputs] rows to the residual."""
         if isinstance(linear, DenseLinear) and (cut := choose_cut(len(rows), linear)):
-            hidden = residual.sum()
-            multiply(cut, rows, linear, hidden, residual=hidden)
+            residual.add_now(lambda out, before: multiply(cut, rows, linear, out, residual=before))
         elif isinstance(linear, DenseLinear) and (
             tiling := choose_tiling(len(rows), linear, in_parts=True)
         ):
             residual.add_later(multiply_streamed(tiling, rows, linear))
         elif isinstance(linear, EightBitLinear) and linear.threshold == 0:
-            hidden = residual.sum()
-            multiply_eight_bit(rows, linear, hidden, residual=hidden)
+            residual.add_now(
+                lambda out, before: multiply_eight_bit(rows, linear, out, residual=before)
+            )
         elif isinstance(linear, FourBitLinear) and has_kernels(linear, rows.dtype):
             if way := choose_for(len(rows), linear):
-                hidden = residual.sum()
-                multiply_four_bit(way, rows, linear, hidden, residual=hidden)
+                residual.add_now(
+                    lambda out, before: multiply_four_bit(way, rows, linear, out, residual=before)
+                )
             else:
                 residual.add_later(multiply_dense(rows, linear))
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tokenloom.worker.config import ModelConfig
 from tokenloom.worker.gpus import FLASH4_HEAD_DIMS, GPUS, Gpu
@@ -35,12 +35,11 @@ from tokenloom.worker.plan.sizes import (
     WeightBytes,
     all_dense,
     num_weights,
-    shard,
     weight_bytes,
-    why_not_split,
 )
 from tokenloom.worker.weights.formats import FourBits, fits
 from tokenloom.worker.weights.matrices import HEAD, matrices, merged_with
+from tokenloom.worker.weights.sharding import shard, why_not_split
 
 BATCHES = (1, 4, 16)
 KV_BLOCK_SIZE = 128
@@ -177,13 +176,10 @@ def make_plan(
     The model can be divided among `serving.num_ranks`.
     """
     config = checkpoint.config
-    plain = _Case(config=config, forms=all_dense(config), serving=serving)
+    stored = {} if checkpoint.stored is None else checkpoint.stored.forms
+    plain = _Case(config=config, forms=all_dense(config), serving=serving, stored=stored)
     rows = (
-        _row(
-            _Case(config=config, forms=_forms(checkpoint, precision), serving=serving),
-            precision.label,
-            gpu,
-        )
+        _row(replace(plain, forms=_forms(checkpoint, precision)), precision.label, gpu)
         for precision in precisions
     )
     return Plan(
@@ -225,6 +221,8 @@ class _Case:
     config: ModelConfig
     forms: Mapping[str, Form]
     serving: Serving
+    stored: Mapping[str, Form] = field(default_factory=dict)
+    """The form of matrices that are stored quantized, though they may be made dense."""
 
     def obstacle(self, num_ranks: int, gpu: Gpu | None) -> str | None:
         """Returns why it cannot be served, whatever the memory."""
@@ -232,16 +230,7 @@ class _Case:
             return f"{gpu.name} has no bfloat16; --dtype float16 works there"
         if gpu is not None and not gpu.has_fp8 and self.serving.kv_types[0] == "fp8":
             return f"{gpu.name} has no 8-bit floats; --kv-cache auto works there"
-        if (reason := why_not_split(self.config, num_ranks)) is not None:
-            return reason
-        for matrix in matrices(shard(self.config, num_ranks)):
-            form = self.forms[matrix.name]
-            if isinstance(form, FourBits) and not fits(form, matrix.num_inputs):
-                return (
-                    f"the {matrix.num_inputs} inputs of {matrix.name} that each of {num_ranks}"
-                    f" ranks has are no whole blocks of {form.block_size}"
-                )
-        return None
+        return why_not_split(self.config, num_ranks, {**self.forms, **self.stored})
 
     def weights(self, num_ranks: int) -> WeightBytes:
         """Returns what a rank keeps."""

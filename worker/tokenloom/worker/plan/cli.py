@@ -19,8 +19,9 @@ from tokenloom.worker.options import (
 from tokenloom.worker.plan.capacity import Checkpoint, Precision, Serving, make_plan
 from tokenloom.worker.plan.reading import read_checkpoint
 from tokenloom.worker.plan.report import as_json, as_text
-from tokenloom.worker.plan.sizes import ITEM_BYTES, why_not_split
+from tokenloom.worker.plan.sizes import ITEM_BYTES
 from tokenloom.worker.weights.formats import FORMAT_NAMES, format_named
+from tokenloom.worker.weights.sharding import why_not_split
 
 _CONTEXT_TOKENS = 4096
 _MAX_NUM_REQUESTS = 256
@@ -60,7 +61,8 @@ def _serving(checkpoint: Checkpoint, args: argparse.Namespace) -> Serving:
     context_tokens = args.context or min(_CONTEXT_TOKENS, longest)
     if context_tokens > longest:
         raise LoadError(f"--context is {context_tokens}; {bound} {longest}")
-    if (reason := why_not_split(config, args.tensor_parallel)) is not None:
+    stored = {} if checkpoint.stored is None else checkpoint.stored.forms
+    if (reason := why_not_split(config, args.tensor_parallel, stored)) is not None:
         raise LoadError(f"--tensor-parallel {args.tensor_parallel} cannot be: {reason}")
     return Serving(
         dtype=dtype,

@@ -1,18 +1,9 @@
-"""What a decoder's weights take on one rank, by the form of each matrix. Pure.
-
-How the ranks of a group share a decoder:
-
-    divided by heads          q, k, v by outputs, o by inputs; fewer key-value heads than ranks
-                              are replicated, one a rank
-    divided by width          gate, up by outputs, down by inputs
-    divided by vocabulary     embedding and head, rounded up
-    replicated                norms, biases of o and down
-"""
+"""What a decoder's weights take on one rank, by the form of each matrix. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
 from tokenloom.worker.config import ModelConfig
@@ -46,32 +37,6 @@ class WeightBytes:
     def read_a_step(self) -> int:
         """What a decode step reads: of an embedding that is no head, a row a token."""
         return self.layers + (self.head or self.embedding)
-
-
-def why_not_split(config: ModelConfig, num_ranks: int) -> str | None:
-    """Returns why a model cannot be divided among so many ranks; None if it can."""
-    divided = {
-        "attention heads": config.num_heads,
-        "columns between the MLP's projections": config.intermediate_size,
-    }
-    for name, count in divided.items():
-        if count % num_ranks:
-            return f"{count} {name} do not divide by {num_ranks}"
-    small, large = sorted((config.num_kv_heads, num_ranks))
-    if large % small:
-        return f"{config.num_kv_heads} key-value heads do not divide by {num_ranks}"
-    return None
-
-
-def shard(config: ModelConfig, num_ranks: int) -> ModelConfig:
-    """Returns the decoder that one of the ranks computes, where `why_not_split` is None."""
-    return replace(
-        config,
-        vocab_size=-(-config.vocab_size // num_ranks),
-        num_heads=config.num_heads // num_ranks,
-        num_kv_heads=max(1, config.num_kv_heads // num_ranks),
-        intermediate_size=config.intermediate_size // num_ranks,
-    )
 
 
 def weight_bytes(config: ModelConfig, forms: Mapping[str, Form], item_bytes: int) -> WeightBytes:

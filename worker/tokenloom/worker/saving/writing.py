@@ -144,7 +144,8 @@ def _check(tensors: Mapping[str, StoredTensor], config: ModelConfig, dtype: torc
     dense = allocate_weights(
         config, formats={}, int8_threshold=0.0, dtype=dtype, device=torch.device("meta")
     )
-    match(interpret(tensors, config), destinations(config, dense), formats={}, dtype=dtype)
+    places = destinations(config, dense)
+    match(interpret(tensors, config), places, parts={}, formats={}, dtype=dtype)
 
 
 class _Shards:

@@ -79,7 +79,7 @@ def compiled_ahead(loaded: LoadedModel, limits: Limits, device: torch.device) ->
 
 def launch_all(outline: LoadedModel, limits: Limits) -> None:
     """Runs, on the meta device, steps of every shape that is compiled for by itself."""
-    rows = Rows.empty(limits, outline.decoder.operations, torch.device("meta"))
+    rows = Rows.empty(limits, outline.decoder, torch.device("meta"))
     slots = Slots(limits)
     for step in warm_up_steps(0, limits):
         compute(slots.apply(step), outline, rows, slots)

@@ -50,6 +50,15 @@ class SampleRows:
     host_ends: Int32Array
     """[num_rows]"""
 
+    def part(self, rows: slice) -> SampleRows:
+        """Returns a run of them."""
+        return SampleRows(
+            slots=self.slots[rows],
+            ends=self.ends[rows],
+            host_slots=self.host_slots[rows],
+            host_ends=self.host_ends[rows],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:

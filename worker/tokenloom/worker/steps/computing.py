@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tokenloom.worker.kernels import Operations
     from tokenloom.worker.loading import LoadedModel
+    from tokenloom.worker.model import Decoder
     from tokenloom.worker.steps.graphs import StepGraphs
     from tokenloom.worker.steps.slots import Changes, Limits, Slots
 
@@ -37,12 +37,12 @@ class Rows:
     """None where steps are not captured."""
 
     @staticmethod
-    def empty(limits: Limits, operations: Operations, device: torch.device) -> Rows:
+    def empty(limits: Limits, decoder: Decoder, device: torch.device) -> Rows:
         """Returns rows without requests and without captured steps."""
         return Rows(
             limits=limits,
-            batch=Batch(limits, operations, device),
-            sampler=Sampler(limits.num_slots, limits.vocab_size, device),
+            batch=Batch(limits, decoder.operations, device),
+            sampler=Sampler(limits.num_slots, limits.vocab_size, device, decoder.ranks),
         )
 
 

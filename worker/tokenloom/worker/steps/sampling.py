@@ -20,6 +20,9 @@ depends on nothing but its own seed, position and logits.
 
 From temperature to race it is one `draw` for rows of every kind, which reads their
 parameters on the device. A CUDA graph may hold it: rows that are plain need no more.
+
+Of several ranks each does all of this for rows of its own, and tells the others what came
+of it (`ranks`).
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ import torch
 
 from tokenloom.worker.drawing import Drawn, DrawTable, choose_drawing
 from tokenloom.worker.errors import ProtocolError
+from tokenloom.worker.kernels import FAULTY
+from tokenloom.worker.ranks import ALONE
 from tokenloom.worker.steps.batch import Int32Array, SampleRows
 from tokenloom.worker.steps.transfer import upload
 
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokenloom.wire.messages import SamplingParams
+    from tokenloom.worker.ranks import Ranks
     from tokenloom.worker.steps.slots import Admitted
 
 _NEVER = np.iinfo(np.int32).max
@@ -76,9 +82,12 @@ class Sampled:
 class Sampler:
     """Keeps each slot's parameters: numbers on the device, on the host what asks for edits."""
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        self._ranks = ranks
         self._params: list[SamplingParams | None] = [None] * num_slots
         self._drawing = choose_drawing(device)
         # One row more: the batch's idle row draws, too.
@@ -147,11 +156,14 @@ class Sampler:
         """Draws a token for each of the rows, which must be plain; work for the device alone.
 
         Args:
-            logits: [num_rows, vocab_size] in the model's type, contiguous.
+            logits: [num_rows, vocab_size] in the model's type, contiguous; of a rank, those of
+                its own tokens.
             slots: Integers [num_rows]
             ends: Integers [num_rows] positions of the tokens to be drawn.
         """
-        return self._drawing.draw(logits, self._table, slots, ends, masked=False)
+        own, logits = self._ranks.own(len(slots)), self._ranks.spread(logits, self._vocab_size)
+        drawn = self._drawing.draw(logits, self._table, slots[own], ends[own], masked=False)
+        return self._shared(drawn, len(slots))
 
     def sample(
         self, logits: Tensor, rows: SampleRows, tokens: Tensor, num_prompt_tokens: Int32Array
@@ -159,7 +171,7 @@ class Sampler:
         """Draws a token for each row, after edits and with log probabilities where asked for.
 
         Args:
-            logits: [num_rows, vocab_size] in the model's type; float32 ones are edited in place.
+            logits: As in `draw`; float32 ones are edited in place.
             rows: Their slots and the positions of the tokens to be drawn.
             tokens: int32 [num_slots + 1, max_tokens], each slot's tokens so far.
             num_prompt_tokens: [num_slots]
@@ -168,13 +180,22 @@ class Sampler:
         if self.is_plain(slots, rows.host_ends):
             drawn = self.draw(logits, rows.slots, rows.ends)
             return Sampled(tokens=drawn.tokens, faulty=drawn.faulty, logprobs=None)
+        own = self._ranks.own(len(slots))
+        rows, logits = rows.part(own), self._ranks.spread(logits, self._vocab_size)
         faulty = ~logits.isfinite().all(dim=-1)
         logits = self._edited(logits, rows, tokens, num_prompt_tokens)
         drawn = self._drawing.draw(logits, self._table, rows.slots, rows.ends, masked=True)
-        sampled = drawn.tokens.masked_fill_(faulty, 0)
-        return Sampled(
-            tokens=sampled, faulty=faulty, logprobs=self._logprobs(logits, sampled, slots)
-        )
+        sampled = Drawn(tokens=drawn.tokens.masked_fill_(faulty, 0), faulty=faulty)
+        logprobs = self._logprobs(logits, sampled.tokens, slots, own)
+        drawn = self._shared(sampled, len(slots))
+        return Sampled(tokens=drawn.tokens, faulty=drawn.faulty, logprobs=logprobs)
+
+    def _shared(self, drawn: Drawn, num_rows: int) -> Drawn:
+        """Returns what all ranks drew of so many rows."""
+        if self._ranks.num_ranks == 1:
+            return drawn
+        tokens = self._ranks.gather(drawn.tokens.masked_fill(drawn.faulty, FAULTY), num_rows)
+        return Drawn(tokens=tokens.clamp_min(0), faulty=tokens == FAULTY)
 
     def _edited(
         self, logits: Tensor, rows: SampleRows, tokens: Tensor, num_prompt_tokens: Int32Array
@@ -260,22 +281,34 @@ class Sampler:
             index, columns = upload(self._device, pairs[:, 0].copy(), pairs[:, 1].copy())
             logits[index.long(), columns.long()] = -torch.inf
 
-    def _logprobs(self, logits: Tensor, drawn: Tensor, slots: Int32Array) -> Logprobs | None:
+    def _logprobs(
+        self, logits: Tensor, drawn: Tensor, slots: Int32Array, own: slice
+    ) -> Logprobs | None:
+        """Returns those of all rows, of which logits and drawn tokens are this rank's own."""
         rows = np.flatnonzero(self._wants_logprobs[slots])
         if not len(rows):
             return None
         num_top = np.array(
             [self._of(slots[row]).num_top_logprobs or 0 for row in rows], dtype=np.int32
         )
-        index = self._index(rows)
+        index = self._index(rows[(own.start <= rows) & (rows < own.stop)] - own.start)
         logprobs = logits[index].log_softmax(dim=-1)
         top, top_ids = logprobs.topk(min(int(num_top.max()), self._vocab_size), dim=-1)
+
+        def shared(values: Tensor) -> Tensor:
+            """Returns [num_asked, …] for [num_own_asked, …]."""
+            if self._ranks.num_ranks == 1:
+                return values
+            of_own = values.new_zeros((len(drawn), *values.shape[1:]))
+            of_own[index] = values
+            return self._ranks.gather(of_own, len(slots))[self._index(rows)]
+
         return Logprobs(
             rows=rows.astype(np.int32),
             num_top=num_top,
-            drawn=logprobs.gather(1, drawn[index, None].long()).squeeze(1),
-            top_ids=top_ids.int(),
-            top=top,
+            drawn=shared(logprobs.gather(1, drawn[index, None].long()).squeeze(1)),
+            top_ids=shared(top_ids.int()),
+            top=shared(top),
         )
 
     def _of(self, slot: int) -> SamplingParams:

@@ -164,13 +164,17 @@ def _staged(piece: Piece, stage: Tensor, files: _Files) -> Iterator[Tensor]:
 def _read(descriptor: int, buffer: Tensor, source: StoredTensor) -> None:
     """Fills uint8 [num_bytes]. Raises CheckpointError."""
     view = buffer.numpy().data
-    num_read = 0
-    while num_read < source.num_bytes:
-        try:
-            num_new = os.preadv(descriptor, [view[num_read:]], source.offset + num_read)
-        except OSError as error:
-            raise CheckpointError(f"{source.path} cannot be read: {error}") from error
-        if num_new == 0:
-            end = source.offset + source.num_bytes
-            raise CheckpointError(f"{source.path} cannot be read: it ends before byte {end}")
-        num_read += num_new
+    begin = 0
+    for offset, num_bytes in source.runs():
+        run = view[begin : begin + num_bytes]
+        begin += num_bytes
+        num_read = 0
+        while num_read < num_bytes:
+            try:
+                num_new = os.preadv(descriptor, [run[num_read:]], offset + num_read)
+            except OSError as error:
+                raise CheckpointError(f"{source.path} cannot be read: {error}") from error
+            if num_new == 0:
+                end = offset + num_bytes
+                raise CheckpointError(f"{source.path} cannot be read: it ends before byte {end}")
+            num_read += num_new

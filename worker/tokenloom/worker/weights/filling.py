@@ -34,6 +34,7 @@ from tokenloom.worker.weights.linears import (
 from tokenloom.worker.weights.matrices import HEAD
 from tokenloom.worker.weights.quantized import Stored, StoredEightBit, StoredFourBit
 from tokenloom.worker.weights.rounding import quantized
+from tokenloom.worker.weights.sharding import WHOLE, Part
 from tokenloom.worker.weights.stored import StoredTensor
 
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -85,27 +86,25 @@ class Filling:
         if isinstance(stored, StoredFourBit) and isinstance(place, DenseLinear):
             max_bytes //= _WIDENED
         for first, last in _row_ranges(stored, max_bytes):
-            sources: tuple[StoredTensor, ...]
+            rows = stored.rows(first, last)
             read: Callable[..., Linear]
-            match stored:
+            match rows:
                 case StoredTensor():
-                    sources = (stored.rows(first, last),)
                     read = partial(_read_dense, self.rounded_to, self.dtype, device)
                 case StoredFourBit():
-                    sources = stored.rows(first, last)
-                    read = partial(_read_four_bit, stored, first, device)
+                    read = partial(_read_four_bit, rows, device)
                 case StoredEightBit():
-                    sources = (stored.codes.rows(first, last), stored.stats.rows(first, last))
                     read = partial(_read_eight_bit, device)
                 case _:
-                    assert_never(stored)
-            yield Piece(sources=sources, put=partial(_put, read, place.rows(first, last)))
+                    assert_never(rows)
+            yield Piece(sources=rows.sources, put=partial(_put, read, place.rows(first, last)))
 
 
 def match(
     stored: Mapping[str, Stored],
     places: Mapping[str, Place],
     *,
+    parts: Mapping[str, Part],
     formats: Mapping[str, Format],
     dtype: torch.dtype,
 ) -> list[Filling]:
@@ -114,6 +113,7 @@ def match(
     Args:
         stored: All that the checkpoint holds, by name.
         places: What is expected, by name.
+        parts: By name, what a place has of a tensor; absent: all. Rows behind it are left.
         formats: By its name, the format that a matrix has or is rounded to.
         dtype: Of the activations.
 
@@ -127,23 +127,32 @@ def match(
             if _is_superfluous(name):
                 continue
             raise CheckpointError(f"tensor {name} is not expected")
-        place = places[name]
-        _check(name, tensor, place)
+        place, part = places[name], parts.get(name, WHOLE)
+        _check(name, tensor, place, part)
         rounded_to = (
             formats.get(name.removesuffix(".weight")) if isinstance(tensor, StoredTensor) else None
         )
-        fillings.append(Filling(stored=tensor, place=place, dtype=dtype, rounded_to=rounded_to))
+        own = tensor
+        if part.rows is not None:
+            own = own.rows(part.rows.first, part.rows.last)
+            place = _first_rows(place, len(part.rows))
+        if part.columns is not None:
+            own = own.columns(part.columns.first, part.columns.last)
+        fillings.append(Filling(stored=own, place=place, dtype=dtype, rounded_to=rounded_to))
     missing = sorted(places.keys() - stored.keys())
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])} …")
     return fillings
 
 
-def _check(name: str, stored: Stored, place: Place) -> None:
-    if tuple(stored.shape) != tuple(place.shape):
-        raise CheckpointError(
-            f"tensor {name} has shape {stored.shape}; {tuple(place.shape)} is expected"
-        )
+def _first_rows(place: Place, num_rows: int) -> Place:
+    return place[:num_rows] if isinstance(place, Tensor) else place.rows(0, num_rows)
+
+
+def _check(name: str, stored: Stored, place: Place, part: Part) -> None:
+    expected = part.whole(*place.shape)
+    if tuple(stored.shape) != expected:
+        raise CheckpointError(f"tensor {name} has shape {stored.shape}; {expected} is expected")
     if isinstance(stored, StoredTensor):
         if stored.dtype not in _WEIGHT_TYPES:
             raise CheckpointError(
@@ -180,7 +189,6 @@ def _read_dense(
 
 def _read_four_bit(
     stored: StoredFourBit,
-    first: int,
     device: torch.device,
     codes: Tensor,
     absmax: Tensor,
@@ -193,8 +201,9 @@ def _read_four_bit(
     absmax = absmax.to(device, non_blocking=True)
     if stored.nested is not None:
         scales, quant_map = (each.to(device, non_blocking=True) for each in nested)
+        rows, columns = (torch.arange(size, device=device) for size in absmax.shape)
+        numbers = stored.nested.first + rows[:, None] * stored.nested.step + columns
         # bitsandbytes' own order: product, then sum, each rounded to float32.
-        numbers = torch.arange(len(absmax), device=device) + stored.first_block(first)
         scale = scales[numbers // stored.nested.block_size]
         absmax = quant_map[absmax.int()] * scale + stored.nested.offset
     return FourBitLinear(

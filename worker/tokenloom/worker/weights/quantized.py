@@ -16,13 +16,20 @@ Source: bitsandbytes.functional.QuantState and bitsandbytes.nn.Linear8bitLt.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
 from tokenloom.worker.errors import CheckpointError, UnsupportedModelError
-from tokenloom.worker.weights.formats import BLOCK_SIZES, CODEBOOKS, EightBits, Format, FourBits
+from tokenloom.worker.weights.formats import (
+    BLOCK_SIZES,
+    CODEBOOKS,
+    EightBits,
+    Format,
+    FourBits,
+    fits,
+)
 from tokenloom.worker.weights.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -46,6 +53,10 @@ class Nested:
     """F32 [256]"""
     block_size: int
     offset: float
+    first: int
+    """The number, in the whole matrix, of the scale that its rows at hand begin with."""
+    step: int
+    """From a row of scales to the next, in such numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +69,8 @@ class StoredFourBit:
     codes: StoredTensor
     """U8 [num_outputs, num_inputs / 2]"""
     absmax: StoredTensor
-    """F32 [num_blocks], nested U8"""
+    """F32, nested U8 [num_outputs, num_inputs / block_size]; [num_blocks, 1] where blocks run
+    over the ends of rows"""
     nested: Nested | None
 
     @property
@@ -66,27 +78,76 @@ class StoredFourBit:
         """The fewest rows that are whole blocks."""
         return self.format.block_size // math.gcd(self.format.block_size, self.shape[1])
 
-    def first_block(self, row: int) -> int:
-        """Returns the block that begins with a row, or that the row is in."""
-        return row * self.shape[1] // self.format.block_size
-
-    def rows(self, first: int, last: int) -> tuple[StoredTensor, ...]:
-        """Returns what holds a range of rows that begins with a block: codes, scales, nested."""
-        last_block = math.ceil(last * self.shape[1] / self.format.block_size)
-        absmax = self.absmax.rows(self.first_block(first), last_block)
-        own = (self.codes.rows(first, last), absmax)
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """What is to be read: codes, scales, nested ones and what they mean."""
+        own = (self.codes, self.absmax)
         return own if self.nested is None else (*own, self.nested.absmax, self.nested.quant_map)
+
+    def rows(self, first: int, last: int) -> StoredFourBit:
+        """Returns a range of rows that begins with a block."""
+        assert first % self.aligned_rows == 0
+        num_inputs, size = self.shape[1], self.format.block_size
+        scales = (first, last)
+        if not fits(self.format, num_inputs):
+            scales = (first * num_inputs // size, math.ceil(last * num_inputs / size))
+        nested = self.nested
+        if nested is not None:
+            nested = replace(nested, first=nested.first + scales[0] * nested.step)
+        return replace(
+            self,
+            shape=(last - first, num_inputs),
+            codes=self.codes.rows(first, last),
+            absmax=self.absmax.rows(*scales),
+            nested=nested,
+        )
+
+    def columns(self, first: int, last: int) -> StoredFourBit:
+        """Returns a range of inputs: all, or whole blocks."""
+        num_outputs, num_inputs = self.shape
+        if last - first == num_inputs:
+            return self
+        size = self.format.block_size
+        assert fits(self.format, num_inputs)
+        assert first % size == last % size == 0
+        nested = self.nested
+        if nested is not None:
+            nested = replace(nested, first=nested.first + first // size)
+        return replace(
+            self,
+            shape=(num_outputs, last - first),
+            codes=self.codes.columns(first // 2, last // 2),
+            absmax=self.absmax.columns(first // size, last // size),
+            nested=nested,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredEightBit:
     """A matrix of 8 bits."""
 
-    shape: tuple[int, ...]
     codes: StoredTensor
     """I8 [num_outputs, num_inputs]"""
     stats: StoredTensor
     """F32 [num_outputs]: 127 times the scale"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Outputs and inputs."""
+        return self.codes.shape
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """What is to be read: codes, stats."""
+        return self.codes, self.stats
+
+    def rows(self, first: int, last: int) -> StoredEightBit:
+        """Returns a range of rows."""
+        return replace(self, codes=self.codes.rows(first, last), stats=self.stats.rows(first, last))
+
+    def columns(self, first: int, last: int) -> StoredEightBit:
+        """Returns a range of inputs, with the scales of whole rows."""
+        return replace(self, codes=self.codes.columns(first, last))
 
     @property
     def format(self) -> EightBits:
@@ -156,19 +217,25 @@ def _four_bit(name: str, state_name: str, tensors: Mapping[str, StoredTensor]) -
             f" {num_outputs * num_inputs // 2}"
         )
     num_blocks = math.ceil(num_outputs * num_inputs / state.blocksize)
-    nested = _nested(name, state, num_blocks, tensors)
+    format_ = FourBits(codebook=state.quant_type, block_size=state.blocksize)
+    num_rows = num_outputs if fits(format_, num_inputs) else num_blocks
+    nested = _nested(name, state, num_rows, num_blocks, tensors)
     _expect(name + ".absmax", absmax, "F32" if nested is None else "U8", num_blocks)
     return StoredFourBit(
         shape=state.shape,
-        format=FourBits(codebook=state.quant_type, block_size=state.blocksize),
+        format=format_,
         codes=codes.viewed("U8", num_outputs, num_inputs // 2),
-        absmax=absmax,
+        absmax=absmax.viewed(absmax.dtype, num_rows, num_blocks // num_rows),
         nested=nested,
     )
 
 
 def _nested(
-    name: str, state: _QuantState, num_scales: int, tensors: Mapping[str, StoredTensor]
+    name: str,
+    state: _QuantState,
+    num_rows: int,
+    num_scales: int,
+    tensors: Mapping[str, StoredTensor],
 ) -> Nested | None:
     if state.nested_blocksize == 0:
         return None
@@ -183,6 +250,8 @@ def _nested(
         quant_map=quant_map,
         block_size=state.nested_blocksize,
         offset=state.nested_offset,
+        first=0,
+        step=num_scales // num_rows,
     )
 
 
@@ -200,7 +269,7 @@ def _eight_bit(module: str, tensors: Mapping[str, StoredTensor]) -> StoredEightB
             f"tensor {module}{_WEIGHT_FORMAT} is {list(layout.read())}; supported is 0, row after"
             " row"
         )
-    return StoredEightBit(shape=codes.shape, codes=codes, stats=stats)
+    return StoredEightBit(codes=codes, stats=stats)
 
 
 def _companion(name: str, suffix: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:

@@ -19,6 +19,7 @@ import msgspec
 from tokenloom.worker.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 ITEM_BYTES = (
@@ -43,25 +44,60 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     """Of its first byte in the file."""
-    num_bytes: int
+    stride_bytes: int | None = None
+    """From a row to the next; None: rows adjoin."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in the file, and in memory."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def rows(self, first: int, last: int) -> StoredTensor:
         """Returns where a range of its rows lies."""
-        row_bytes = self.num_bytes // self.shape[0]
+        stride_bytes = self.stride_bytes or self._row_bytes
         return replace(
             self,
             shape=(last - first, *self.shape[1:]),
-            offset=self.offset + first * row_bytes,
-            num_bytes=(last - first) * row_bytes,
+            offset=self.offset + first * stride_bytes,
         )
+
+    def columns(self, first: int, last: int) -> StoredTensor:
+        """Returns where a range of a matrix's columns lies."""
+        num_rows, num_columns = self.shape
+        if last - first == num_columns:
+            return self
+        return replace(
+            self,
+            shape=(num_rows, last - first),
+            offset=self.offset + first * ITEM_BYTES[self.dtype],
+            stride_bytes=self.stride_bytes or self._row_bytes,
+        )
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """What is to be read: itself."""
+        return (self,)
 
     def viewed(self, dtype: str, *shape: int) -> StoredTensor:
         """Returns the same bytes as another type and shape."""
         assert math.prod(shape) * ITEM_BYTES[dtype] == self.num_bytes
+        assert self.stride_bytes is None
         return replace(self, dtype=dtype, shape=shape)
 
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yields offset and number of the bytes that adjoin, in order."""
+        if self.stride_bytes is None:
+            yield self.offset, self.num_bytes
+            return
+        for row in range(self.shape[0]):
+            yield self.offset + row * self.stride_bytes, self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+
     def read(self) -> bytes:
-        """Returns its bytes: for small ones. Raises CheckpointError."""
+        """Returns its bytes: for small ones, whole. Raises CheckpointError."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -115,5 +151,4 @@ def _stored(path: Path, name: str, entry: _Entry, length: int, num_data_bytes: i
         dtype=entry.dtype,
         shape=entry.shape,
         offset=_LENGTH_BYTES + length + first,
-        num_bytes=end - first,
     )
