@@ -25,6 +25,7 @@ import numpy as np
 
 from tokenloom.wire.messages import Configure, Ready, Step, StepDone
 from tokenloom.wire.started import process_start_s
+from tokenloom.worker.link import CoreAddress
 from tokenloom.worker.loop import serve
 from tokenloom.worker.phases import Phases
 
@@ -107,7 +108,7 @@ def main(endpoint: str, step_ms: str, vocab_size: str, report: str, spin_us: str
     runner = TimedRunner(int(vocab_size), float(step_ms) / 1000)
     status = serve(
         runner,
-        endpoint=endpoint,
+        core=CoreAddress(endpoint=endpoint),
         device="fake",
         phases=Phases("imports", process_start_s()),
         spin_us=int(spin_us) if spin_us else None,

@@ -30,6 +30,7 @@ _DEFAULT_TARGET = "localhost:50051"
 _KNOWN = {
     "serve": ("scheduler", "python -m tokenloom.scheduler serve"),
     "scheduler": ("scheduler", "python -m tokenloom.scheduler scheduler"),
+    "keys": ("scheduler", "python -m tokenloom.scheduler keys"),
     "worker": ("worker", "python -m tokenloom.worker"),
     "plan": ("worker", "python -m tokenloom.worker.plan"),
     "quantize": ("worker", "python -m tokenloom.worker.saving"),

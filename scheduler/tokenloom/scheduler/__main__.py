@@ -1,18 +1,18 @@
-"""`python -m tokenloom.scheduler serve|scheduler …`, where no command is installed."""
+"""`python -m tokenloom.scheduler serve|scheduler|keys …`, where no command is installed."""
 
 from __future__ import annotations
 
 import sys
 
-from tokenloom.scheduler.cli import scheduler, serve
+from tokenloom.scheduler.cli import keys, scheduler, serve
 
 
 def main(argv: list[str]) -> int:
-    """Runs one of the two commands. Returns the exit code."""
-    commands = {"serve": serve, "scheduler": scheduler}
+    """Runs one of the commands. Returns the exit code."""
+    commands = {"serve": serve, "scheduler": scheduler, "keys": keys}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
-    sys.stderr.write("usage: python -m tokenloom.scheduler {serve,scheduler} [-h] ...\n")
+    sys.stderr.write("usage: python -m tokenloom.scheduler {serve,scheduler,keys} [-h] ...\n")
     return 2
 
 

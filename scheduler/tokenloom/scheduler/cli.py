@@ -1,4 +1,4 @@
-"""The commands `tokenloom serve` and `tokenloom scheduler`.
+"""The commands `tokenloom serve`, `tokenloom scheduler` and `tokenloom keys`.
 
 Nothing heavy is imported here: `--help` answers at once, and the processes
 that need gRPC, ZeroMQ or torch are started as such.
@@ -79,6 +79,11 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("max_crashes", int, "losses of workers that are made good; one more ends the server"),
     ("crash_window_s", float, "seconds within which they count"),
 )
+_OTHER_HOSTS_OPTIONS = (
+    ("workers_listen", "tcp://HOST:PORT", "where workers of other hosts join, encrypted by CURVE"),
+    ("workers_key", "FILE", "this scheduler's key pair, NAME.key_secret of `tokenloom keys`"),
+    ("workers_allowed", "DIR", "folder of the public keys of workers that may join, NAME.key each"),
+)
 _WORKER_OPTIONS = (
     ("device", "DEVICE", "auto, cpu, cuda or cuda:N"),
     ("attention", "NAME", "attention backend: auto, flash4, flash2, triton or torch"),
@@ -135,14 +140,39 @@ def scheduler(argv: Sequence[str]) -> int:
     parser = _parser(
         "scheduler",
         "Runs the gRPC server and the scheduler's core. "
-        "A worker joins with `tokenloom worker --connect ipc://RUN_DIR/worker.sock`.",
+        "A worker of this host joins with `tokenloom worker --connect ipc://RUN_DIR/worker.sock`.",
     )
     parser.add_argument("--model", required=True, help="a local folder or a Hub id")
     parser.add_argument(
         "--run-dir", required=True, help="folder of mode 700 for sockets; made if absent"
     )
     _add_scheduler_options(parser)
+    group = parser.add_argument_group(
+        "workers on other hosts", "all three or none; docs/operations.md tells how to set it up"
+    )
+    for name, metavar, text in _OTHER_HOSTS_OPTIONS:
+        group.add_argument(_flag(name), default="", metavar=metavar, help=text)
     return _run(parser.parse_args(argv), [])
+
+
+def keys(argv: Sequence[str]) -> int:
+    """Makes key pairs for a scheduler and its workers on other hosts. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="tokenloom keys",
+        description="Makes key pairs for a scheduler and its workers on other hosts: "
+        "NAME.key, which others may know, and NAME.key_secret, which nobody else may.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where; made if absent")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="whose, such as worker-1")
+    args = parser.parse_args(argv)
+    from tokenloom.scheduler.keys import make_keys
+
+    try:
+        for path in make_keys(args.folder, args.names):
+            print(path)
+    except ConfigError as error:
+        return _refuse(str(error))
+    return 0
 
 
 def _devices(given: str | None, num_workers: int) -> list[list[str]]:
@@ -203,7 +233,8 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
         _check_model(args.model)
         with ExitStack() as held:
             run_dir = held.enter_context(_run_dir(args.run_dir))
-            given = {name: getattr(args, name) for name, _, _ in _SCHEDULER_OPTIONS}
+            names = [name for name, _, _ in (*_SCHEDULER_OPTIONS, *_OTHER_HOSTS_OPTIONS)]
+            given = {name: getattr(args, name) for name in names if name in args}
             config = SchedulerConfig(
                 model=args.model,
                 run_dir=run_dir,

@@ -45,6 +45,13 @@ class SchedulerConfig:
     the supervisor holds for them."""
     tensor_parallel: int = 1
     """Workers that hold the model together."""
+    workers_listen: str = ""
+    """Where workers of other hosts connect, as ZeroMQ writes it; empty: only those of this host
+    join."""
+    workers_key: str = ""
+    """A file with the core's key pair; the secret of it has mode 0600."""
+    workers_allowed: str = ""
+    """A folder with the public keys of workers of other hosts."""
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`, or `auto` for the checkpoint's own."""
     quantize: str = "none"
@@ -113,10 +120,24 @@ class SchedulerConfig:
                 f"max_step_tokens is {self.max_step_tokens}; it must be at least "
                 f"max_num_requests ({self.max_num_requests}): each running request takes one a step"
             )
+        self._check_workers()
         if self.num_fronts > 1 and self.listen.startswith("unix:"):
             raise ConfigError(
                 f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
                 "a Unix socket has one front, only a port can be shared"
+            )
+
+    def _check_workers(self) -> None:
+        """Raises ConfigError unless workers come over TCP with keys, or not at all."""
+        names = ("workers_listen", "workers_key", "workers_allowed")
+        missing = [name for name in names if not getattr(self, name)]
+        if 0 < len(missing) < len(names):
+            raise ConfigError(
+                f"{' and '.join(missing)} must be given, too: workers of other hosts need keys"
+            )
+        if self.workers_listen and not self.workers_listen.startswith("tcp://"):
+            raise ConfigError(
+                f"workers_listen is {self.workers_listen!r}; it must be tcp://HOST:PORT"
             )
 
     @property

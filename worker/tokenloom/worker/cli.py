@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernel_cache import keep_kernels
+from tokenloom.worker.link import add_link_options, core_address
 from tokenloom.worker.loop import EXIT_LOAD_FAILED, Runner, serve
 from tokenloom.worker.options import (
     ATTENTION_NAMES,
@@ -49,6 +50,7 @@ def worker(argv: list[str] | None = None) -> int:
     )
     phases = Phases("imports", process_start_s())
     try:
+        core = core_address(args)
         keep_kernels(args.kernel_cache)
         options = WorkerOptions(
             device=args.device,
@@ -65,7 +67,7 @@ def worker(argv: list[str] | None = None) -> int:
     with _profiled(runner, args) as serving:
         return serve(
             serving,
-            endpoint=args.connect,
+            core=core,
             device=str(runner.device),
             address=runner.address,
             phases=phases,
@@ -114,12 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Computes on one device what a scheduler's core decides.",
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument(
-        "--connect",
-        required=True,
-        metavar="ENDPOINT",
-        help="where the core listens, as ZeroMQ writes it: ipc:///run/tokenloom/worker.sock",
-    )
+    add_link_options(parser)
     parser.add_argument(
         "--host",
         metavar="HOST",

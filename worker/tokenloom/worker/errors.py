@@ -5,6 +5,7 @@ WorkerError
 │   ├── UnsupportedModelError
 │   ├── CheckpointError
 │   └── PoolError
+├── LinkError              the core does not let this process in; the process exits with 2
 ├── MeetingError           the ranks of an epoch do not meet; the process exits with 1
 ├── ProtocolError          a Step contradicts the ones before it; the process exits with 1
 └── CudaError              a kernel cannot be compiled, loaded or launched
@@ -31,6 +32,10 @@ class CheckpointError(LoadError):
 
 class PoolError(LoadError):
     """The memory left for the KV pool is too small."""
+
+
+class LinkError(WorkerError):
+    """There is no speaking with the core, and waiting would not change that."""
 
 
 class MeetingError(WorkerError):

@@ -40,11 +40,14 @@ import numpy.typing as npt
 
 from tokenloom.wire.messages import Configure, Ready, SamplingParams, Step, StepDone, TokenLogprobs
 from tokenloom.wire.started import process_start_s
-from tokenloom.worker.errors import ProtocolError, WorkerError
+from tokenloom.worker.errors import LoadError, ProtocolError, WorkerError
 from tokenloom.worker.fake_ranks import FakeRanks
-from tokenloom.worker.loop import serve
+from tokenloom.worker.link import add_link_options, core_address
+from tokenloom.worker.loop import EXIT_LOAD_FAILED, serve
 from tokenloom.worker.phases import Phases
 from tokenloom.worker.steps.slots import Changes, Int32Array, Limits, Slots
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -507,10 +510,15 @@ def main(argv: list[str] | None = None) -> int:
         crash=args.crash,
         crash_rank=args.crash_rank,
     )
+    try:
+        core = core_address(args)
+    except LoadError as error:
+        _log.error("%s", error)
+        return EXIT_LOAD_FAILED
     ranks = FakeRanks()
     return serve(
         _FakeRunner(config, options, ranks),
-        endpoint=args.connect,
+        core=core,
         device="fake",
         address=ranks.address,
         phases=phases,
@@ -536,7 +544,7 @@ def _parser() -> argparse.ArgumentParser:
         description="A worker without a model, for tests and benchmarks of what is around it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="of the core")
+    add_link_options(parser)
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a step")
     parser.add_argument("--load-s", type=float, default=0.0, help="time of loading")
     parser.add_argument(

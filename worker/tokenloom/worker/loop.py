@@ -18,10 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 import msgspec
-import zmq
-from zmq.utils.monitor import recv_monitor_message
 
-from tokenloom.wire.codec import MAX_FRAME_BYTES, FrameError, decode_to_worker, encode
 from tokenloom.wire.messages import (
     PROTOCOL_VERSION,
     Configure,
@@ -32,11 +29,10 @@ from tokenloom.wire.messages import (
     Shutdown,
     Step,
     StepDone,
-    ToCore,
-    ToWorker,
 )
 from tokenloom.wire.spin import Spin
-from tokenloom.worker.errors import LoadError
+from tokenloom.worker.errors import LinkError, LoadError
+from tokenloom.worker.link import CoreAddress, Link
 from tokenloom.worker.phases import Phases
 
 if TYPE_CHECKING:
@@ -49,7 +45,7 @@ EXIT_OK = 0
 EXIT_CRASHED = 1
 """Another start may help."""
 EXIT_LOAD_FAILED = 2
-"""No start will help: an option or the checkpoint cannot be used."""
+"""No start will help: an option, a key or the checkpoint cannot be used."""
 
 HELLO_INTERVAL_S = 1.0
 _FAILED_LINGER_MS = 2000
@@ -82,98 +78,31 @@ class Runner(Protocol):
         """
 
 
-class Link:
-    """A DEALER socket to the core that notices when the core is gone."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.num_dropped_frames = 0
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        # Without a peer a send fails at once and nothing piles up for a core to come.
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        self._socket.connect(endpoint)
-
-    def send(self, message: ToCore) -> bool:
-        """Sends a message; False when there is no core to take it."""
-        try:
-            self._socket.send(encode(message), zmq.DONTWAIT)
-        except zmq.Again:
-            return False
-        return True
-
-    def receive(self) -> ToWorker | None:
-        """Returns the next message, None if there is none; drops what is no message."""
-        while True:
-            try:
-                parts = self._socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return None
-            if len(parts) != 1:
-                self.drop(f"a frame of {len(parts)} parts")
-                continue
-            try:
-                return decode_to_worker(parts[0])
-            except FrameError as error:
-                self.drop(str(error))
-
-    def drop(self, why: str) -> None:
-        """Counts and logs a frame that is ignored."""
-        self.num_dropped_frames += 1
-        _log.warning("dropped frame %d: %s", self.num_dropped_frames, why)
-
-    def wait(self, timeout_s: float) -> None:
-        """Returns when a frame or a disconnection may be there, or after `timeout_s`."""
-        if timeout_s >= 0.001:
-            self._poller.poll(int(timeout_s * 1000))
-        elif timeout_s > 0:
-            # ZeroMQ counts in milliseconds; a shorter wait must not become a busy one.
-            time.sleep(timeout_s)
-
-    def take_disconnections(self) -> bool:
-        """Returns whether the core was lost since the last call."""
-        lost = False
-        while self._monitor.poll(0):
-            recv_monitor_message(self._monitor)
-            lost = True
-        return lost
-
-    def close(self, linger_ms: int = 0) -> None:
-        """Closes the socket after at most `linger_ms` for what was sent."""
-        self._socket.disable_monitor()
-        self._monitor.close(0)
-        self._socket.close(linger_ms)
-        self._context.term()
-
-
 def serve(
     runner: Runner,
     *,
-    endpoint: str,
+    core: CoreAddress,
     device: str,
     address: str = "",
     phases: Phases,
     spin_us: int | None = None,
 ) -> int:
-    """Speaks with the core at `endpoint` until Shutdown, SIGTERM or an error.
+    """Speaks with the core until Shutdown, SIGTERM or an error.
 
     `address` is where this process listens for other ranks; without one it can serve alone.
     `phases` are those of the start; the core gets them with the first Ready.
     While results follow each other within `spin_us` it does not sleep; None: as the host allows.
 
-    Returns the exit code: 0 after Shutdown or SIGTERM, 2 after a LoadError, 1 after whatever
-    else went wrong in loading or in a step. Runs in the main thread.
+    Returns the exit code: 0 after Shutdown or SIGTERM, 2 after a LoadError or if the core does
+    not let this process in, 1 after whatever else went wrong in loading or in a step. Runs in the
+    main thread.
     """
     signal.signal(signal.SIGTERM, _exit_at_once)
     phases.begin("waiting for the core")
-    link = Link(endpoint)
+    try:
+        link = Link(core)
+    except LinkError as error:
+        return _refused(error)
     linger_ms = 0
     try:
         hello = Hello(
@@ -181,11 +110,18 @@ def serve(
         )
         code = _Conversation(link, runner, phases, Spin(spin_us), hello).run()
         linger_ms = _FAILED_LINGER_MS
+    except LinkError as error:
+        code = _refused(error)
     finally:
         # Nothing is left to end, and an exiting interpreter would show the exception.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         link.close(linger_ms)
     return code
+
+
+def _refused(error: LinkError) -> int:
+    _log.error("%s", error)
+    return EXIT_LOAD_FAILED
 
 
 class _Conversation:

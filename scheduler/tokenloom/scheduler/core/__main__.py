@@ -13,6 +13,7 @@ from pathlib import Path
 import zmq
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.core.gate import Gate, Keyring, read_keyring
 from tokenloom.scheduler.core.loop import CoreLoop, TooManyCrashesError, bind
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,9 @@ def main(argv: list[str]) -> int:
         (text,) = argv
         config = SchedulerConfig.from_json(text)
         _check_run_dir(Path(config.run_dir))
+        keyring = _keyring(config)
     except ValueError as error:
-        sys.stderr.write(f"core cannot start: {error}\n")
-        return 2
+        return _refuse(error)
     _go_first()
     # A signal writes a byte to the wake-up socket, which ends the poll.
     stop, wakeup = socket.socketpair()
@@ -44,17 +45,35 @@ def main(argv: list[str]) -> int:
         workers = bind(
             context, config.worker_endpoint, heartbeat_timeout_s=config.heartbeat_timeout_s
         )
+        gate = Gate(workers)
         try:
-            CoreLoop(config, fronts, workers).run(stop.fileno())
+            if keyring is not None:
+                gate.listen(config.workers_listen, keyring)
+            CoreLoop(config, fronts, workers, gate).run(stop.fileno())
+        except ConfigError as error:
+            return _refuse(error)
         except TooManyCrashesError as error:
             log.critical("%s", error)
             return 1
         finally:
+            gate.close()
             fronts.close()
             workers.close()
             for endpoint in (config.core_endpoint, config.worker_endpoint):
                 Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
     return 0
+
+
+def _keyring(config: SchedulerConfig) -> Keyring | None:
+    """Returns the keys for workers on other hosts, None if there are none. Raises ValueError."""
+    if not config.workers_listen:
+        return None
+    return read_keyring(Path(config.workers_key), Path(config.workers_allowed))
+
+
+def _refuse(error: ValueError) -> int:
+    sys.stderr.write(f"core cannot start: {error}\n")
+    return 2
 
 
 def _go_first() -> None:

@@ -18,6 +18,7 @@ import zmq
 
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.core import admission, applying, crashes, planning
+from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
@@ -77,11 +78,13 @@ class CoreLoop:
         config: SchedulerConfig,
         fronts: zmq.Socket[bytes],
         workers: zmq.Socket[bytes],
+        gate: Gate,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._fronts = fronts
         self._workers = workers
+        self._gate = gate
         self._clock = clock
         self._state = State(
             Limits(
@@ -110,39 +113,34 @@ class CoreLoop:
 
         Raises TooManyCrashesError.
         """
-        departures = self._workers.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         poller = zmq.Poller()
-        poller.register(departures, zmq.POLLIN)
+        for socket in self._gate.sockets:
+            poller.register(socket, zmq.POLLIN)
         poller.register(self._fronts, zmq.POLLIN)
         poller.register(self._workers, zmq.POLLIN)
         poller.register(stop_fd, zmq.POLLIN)
         spin = Spin(self._config.spin_us)
         ask_s = math.inf
-        try:
-            while True:
-                ready = _poll(poller, spin, min(ask_s, self._watch.due_s) - self._clock())
-                if stop_fd in ready:
-                    break
-                if self._workers in ready:
-                    spin.result()
-                    self._receive_from_workers()
-                if self._clock() >= ask_s:
-                    ask_s = math.inf
-                    self._ask_group()
-                if departures in ready:
-                    # Who left is not said, and ROUTER forgets a peer a moment later than it tells.
-                    departures.recv_multipart()
-                    ask_s = self._clock() + DEPARTURE_S
-                if self._watch.is_overdue(self._clock()):
-                    step_id = self._state.in_flight[0].step_id
-                    self._lose_group(f"step {step_id} does not end")
-                if self._fronts in ready:
-                    self._receive_from_fronts()
-                self._advance()
-            self._shut_down_group(departures)
-        finally:
-            self._workers.disable_monitor()
-            departures.close(linger=0)
+        while True:
+            ready = _poll(poller, spin, min(ask_s, self._watch.due_s) - self._clock())
+            if stop_fd in ready:
+                break
+            if self._workers in ready:
+                spin.result()
+                self._receive_from_workers()
+            if self._clock() >= ask_s:
+                ask_s = math.inf
+                self._ask_group()
+            if self._gate.attend(ready):
+                # ROUTER forgets a peer a moment later than it tells.
+                ask_s = self._clock() + DEPARTURE_S
+            if self._watch.is_overdue(self._clock()):
+                step_id = self._state.in_flight[0].step_id
+                self._lose_group(f"step {step_id} does not end")
+            if self._fronts in ready:
+                self._receive_from_fronts()
+            self._advance()
+        self._shut_down_group()
 
     def _advance(self) -> None:
         """Sends what steps there are to send, then what the fronts have to know."""
@@ -318,16 +316,15 @@ class CoreLoop:
                 return False
         return True
 
-    def _shut_down_group(self, departures: zmq.Socket[bytes]) -> None:
+    def _shut_down_group(self) -> None:
         """Waits until the workers have left: what they have not read is lost with this socket."""
-        while departures.poll(0):
-            departures.recv_multipart()
+        while self._gate.wait_for_departure(0):
+            pass
         deadline_s = self._clock() + SHUTDOWN_TIMEOUT_S
         left = [r for r in self._group.ranks if self._reach(r.identity, codec.encode(Shutdown()))]
         for _ in left:
-            if not departures.poll(max(0, round(1000 * (deadline_s - self._clock())))):
+            if not self._gate.wait_for_departure(deadline_s - self._clock()):
                 break
-            departures.recv_multipart()
 
     def _send_to_group(self, step: Step) -> bool:
         """Sends the same frame to all ranks; if one is gone, ends the epoch and returns False."""
