@@ -15,6 +15,7 @@ from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.supervise import Child
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.inference_pb2_grpc import InferenceStub
+from tokenloom.wire.keys import read_key_pair, read_public_key
 
 
 class Started:
@@ -109,7 +110,7 @@ def test_every_field_of_the_configuration_has_an_option(
     for field in fields(SchedulerConfig):
         if field.name in settings:
             assert getattr(started.config, field.name) == settings[field.name]
-        else:
+        elif not field.name.startswith("workers_"):  # `serve` starts its workers itself
             own = {"model", "run_dir", "listen", "prefix_cache", "quantize_lm_head"}
             assert field.name in own
     assert not started.config.prefix_cache
@@ -123,6 +124,61 @@ def test_every_field_of_the_configuration_has_an_option(
             "--spin-us=123",
         )
     assert started.config.run_dir == str(run_dir)
+
+
+OTHER_HOSTS = {
+    "workers_listen": "tcp://10.0.0.1:5555",
+    "workers_key": "scheduler.key_secret",
+    "workers_allowed": "allowed",
+}
+
+
+def scheduler_of(checkpoint: Path, tmp_path: Path, settings: dict[str, str]) -> int:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    return cli.scheduler(["--model", str(checkpoint), "--run-dir", str(tmp_path / "run"), *options])
+
+
+def test_scheduler_takes_workers_of_other_hosts(
+    started: Started, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert scheduler_of(checkpoint, tmp_path, OTHER_HOSTS) == 0
+    for name, value in OTHER_HOSTS.items():
+        assert getattr(started.config, name) == value
+
+
+def test_tcp_without_keys_is_refused(
+    started: Started, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for absent in OTHER_HOSTS:
+        given = {name: value for name, value in OTHER_HOSTS.items() if name != absent}
+        assert scheduler_of(checkpoint, tmp_path, given) == 2
+        assert f"{absent} must be given, too" in capsys.readouterr().err
+    for listen in ("10.0.0.1:5555", "ipc:///tmp/socket"):
+        given = OTHER_HOSTS | {"workers_listen": listen}
+        assert scheduler_of(checkpoint, tmp_path, given) == 2
+        assert "it must be tcp://HOST:PORT" in capsys.readouterr().err
+    assert started.children == []
+
+
+def test_keys_are_made_for_their_owner_alone_and_never_over_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "keys"
+    assert cli.keys([str(folder), "scheduler", "worker-1"]) == 0
+    made = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(made) == sorted(folder.iterdir())
+    secrets = [path for path in made if path.suffix == ".key_secret"]
+    assert [path.stem for path in secrets] == ["scheduler", "worker-1"]
+    pairs = [read_key_pair(path) for path in secrets]  # refuses what others can read
+    assert [read_public_key(folder / f"{path.stem}.key") for path in secrets] == [
+        pair.public for pair in pairs
+    ]
+    assert len({pair.secret for pair in pairs}) == 2
+    assert cli.keys([str(folder), "worker-2", "worker-1"]) == 2
+    assert "worker-1.key is there already" in capsys.readouterr().err
+    assert cli.keys([str(folder), "../worker-3"]) == 2
+    assert "'../worker-3' is no name of a file" in capsys.readouterr().err
+    assert sorted(made) == sorted(folder.iterdir())
 
 
 def test_bad_options_are_refused_with_code_2(

@@ -25,3 +25,23 @@ def test_a_wrong_option_is_explained(
         worker(["--connect", "ipc:///nowhere", f"{option}={value}"])
     assert exit_info.value.code == 2
     assert said in capsys.readouterr().err
+
+
+KEYS = ("--server-key=scheduler.key", "--key=worker.key_secret")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--connect=tcp://10.0.0.1:5555",), "tcp://10.0.0.1:5555 takes keys: --server-key"),
+        (("--connect=tcp://10.0.0.1:5555", KEYS[0]), "takes keys: --server-key"),
+        (("--connect=tcp://10.0.0.1:5555", KEYS[1]), "takes keys: --server-key"),
+        (("--connect=tcp://10.0.0.1:5555", *KEYS), "worker.key_secret cannot be read"),
+        (("--connect=ipc:///nowhere", *KEYS), "ipc:///nowhere takes no keys"),
+    ],
+)
+def test_tcp_takes_keys_and_nothing_else_does(
+    options: tuple[str, ...], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert worker(list(options)) == 2
+    assert said in caplog.text
