@@ -29,6 +29,7 @@ from tokenloom.client.results import (
     TopLogprob,
     Usage,
 )
+from tokenloom.client.resuming import Resume
 
 __all__ = [
     "AccessDenied",
@@ -48,6 +49,7 @@ __all__ = [
     "Overloaded",
     "ProtocolError",
     "Result",
+    "Resume",
     "ServerError",
     "Stream",
     "TokenLogprob",

@@ -30,6 +30,7 @@ from tokenloom.client.requests import (
     text_request,
 )
 from tokenloom.client.results import Admission, Delta, Model, Result, read_model
+from tokenloom.client.resuming import DEFAULT_RESUME, AsyncResumingStream, Resume
 from tokenloom.client.transport import AsyncResponseStream, AsyncTransport
 from tokenloom.v1 import inference_pb2 as pb
 
@@ -46,6 +47,7 @@ class AsyncClient:
         target: str | grpc.aio.Channel | AsyncTransport,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        resume: Resume | None = DEFAULT_RESUME,
     ) -> None:
         if credentials is not None and not isinstance(target, str):
             raise TypeError("credentials go with an address; a channel has its own")
@@ -55,6 +57,7 @@ class AsyncClient:
             self._transport = target
         else:
             raise TypeError(f"an AsyncClient takes no {type(target).__name__} as its target")
+        self._resume = resume
 
     def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]
@@ -117,7 +120,11 @@ class AsyncClient:
         await self.close()
 
     def _start(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
-        return AsyncStream(self._transport.generate_async(request, timeout_s=timeout_s))
+        if self._resume is None:
+            return AsyncStream(self._transport.generate_async(request, timeout_s=timeout_s))
+        return AsyncStream(
+            AsyncResumingStream(self._transport, request, self._resume, timeout_s=timeout_s)
+        )
 
 
 class AsyncStream:

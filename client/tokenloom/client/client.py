@@ -29,6 +29,7 @@ from tokenloom.client.requests import (
     text_request,
 )
 from tokenloom.client.results import Admission, Delta, Model, Result, read_model
+from tokenloom.client.resuming import DEFAULT_RESUME, Resume, ResumingStream
 from tokenloom.client.transport import ResponseStream, Transport
 from tokenloom.v1 import inference_pb2 as pb
 
@@ -43,6 +44,10 @@ class Client:
 
     Every method raises TokenloomError. `timeout_s` is the time that a whole call may take; the
     server knows it too, and stops to work for a call whose time is over. None: no limit.
+
+    A completion whose server goes away is resumed on another one behind `target`, or on the same
+    one when it is back: its stream pauses and goes on with the next token. `resume` says how
+    patiently; None: the error reaches the caller, as it does wherever the model is another one.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Client:
         target: str | grpc.Channel | Transport,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        resume: Resume | None = DEFAULT_RESUME,
     ) -> None:
         if credentials is not None and not isinstance(target, str):
             raise TypeError("credentials go with an address; a channel has its own")
@@ -59,6 +65,7 @@ class Client:
             self._transport = target
         else:
             raise TypeError(f"a Client takes no {type(target).__name__} as its target")
+        self._resume = resume
 
     def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]
@@ -117,7 +124,9 @@ class Client:
         self.close()
 
     def _start(self, request: pb.GenerateRequest, timeout_s: float | None) -> Stream:
-        return Stream(self._transport.generate(request, timeout_s=timeout_s))
+        if self._resume is None:
+            return Stream(self._transport.generate(request, timeout_s=timeout_s))
+        return Stream(ResumingStream(self._transport, request, self._resume, timeout_s=timeout_s))
 
 
 class Stream:

@@ -62,7 +62,10 @@ class GrpcTransport:
 
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float | None) -> _GrpcStream:
         """Starts a Generate call."""
-        return _GrpcStream(self._stub.Generate(request, timeout=timeout_s))
+        try:
+            return _GrpcStream(self._stub.Generate(request, timeout=timeout_s))
+        except ValueError as error:  # gRPC's word for a channel that is closed
+            raise Cancelled("the client is closed") from error
 
     def tokenize(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None
@@ -146,7 +149,10 @@ class AsyncGrpcTransport:
         self, request: pb.GenerateRequest, *, timeout_s: float | None
     ) -> _AsyncGrpcStream:
         """Starts a Generate call in the running event loop."""
-        return _AsyncGrpcStream(self._stub().Generate(request, timeout=timeout_s))
+        try:
+            return _AsyncGrpcStream(self._stub().Generate(request, timeout=timeout_s))
+        except grpc.aio.UsageError as error:  # gRPC's word for a channel that is closed
+            raise Cancelled("the client is closed") from error
 
     async def tokenize_async(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None

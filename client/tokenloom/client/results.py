@@ -18,6 +18,11 @@ class Admission:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens that the server found in its prefix cache."""
+    max_tokens: int | None = None
+    """The most tokens to complete, given or what the context leaves room for; None: the server did
+    not say."""
+    fingerprint: str = ""
+    """Names the model and the prompt's tokens; empty: the server resumes no streams."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,8 @@ class Model:
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     server_version: str
+    fingerprint: str = ""
+    """Equal on servers that resume each other's streams; empty: it resumes none."""
 
 
 FINISH_REASONS = {
@@ -125,6 +132,8 @@ def read_admission(message: pb.Admission) -> Admission:
         seed=message.seed,
         num_prompt_tokens=message.num_prompt_tokens,
         num_cached_tokens=message.num_cached_tokens,
+        max_tokens=message.max_tokens or None,
+        fingerprint=message.fingerprint,
     )
 
 
@@ -168,4 +177,5 @@ def read_model(message: pb.GetModelResponse) -> Model:
         eos_token_ids=tuple(message.eos_token_ids),
         has_chat_template=message.has_chat_template,
         server_version=message.server_version,
+        fingerprint=message.fingerprint,
     )

@@ -61,6 +61,10 @@ class Answer:
 
     Unless `events` holds an Admission, one goes before the first delta or the end. So an error
     that comes first is a refusal, as a full server gives it.
+
+    A stream that breaks is resumed only if its Admission has a fingerprint, so a test that is not
+    about it need not think of it. A text in the answer to a request with `resume_from` goes on
+    behind the tokens named there.
     """
 
     events: Sequence[Event]
@@ -176,6 +180,7 @@ class FakeServer:
             eos_token_ids=model.eos_token_ids,
             has_chat_template=model.has_chat_template,
             server_version=model.server_version,
+            fingerprint=model.fingerprint,
         )
 
     async def get_model_async(
@@ -262,7 +267,7 @@ def _play(call: FakeCall, answer: Answer, request_id: str) -> _Script:
     admission = _default_admission(call.request, request_id)
     admitted = False
     elapsed_s = 0.0
-    num_tokens = 0
+    num_tokens = len(call.request.resume_from.token_ids)
     try:
         for event in answer.events:
             if not admitted and isinstance(event, str | Delta):
@@ -332,6 +337,8 @@ def _encode_admission(admission: Admission) -> pb.Admission:
         seed=admission.seed,
         num_prompt_tokens=admission.num_prompt_tokens,
         num_cached_tokens=admission.num_cached_tokens,
+        max_tokens=admission.max_tokens or 0,
+        fingerprint=admission.fingerprint,
     )
 
 

@@ -58,6 +58,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text, tokenized as it stands: no template and no special token is added."""
     @_builtins.property
@@ -80,6 +81,13 @@ class GenerateRequest(_message.Message):
     def output(self) -> Global___Output:
         """What the deltas carry."""
 
+    @_builtins.property
+    def resume_from(self) -> Global___ResumeFrom:
+        """Present: goes on with a completion whose stream broke off. All else is as in the request
+        that began it, and what its Admission told is filled in: sampling.seed and
+        stopping.max_tokens must be present.
+        """
+
     def __init__(
         self,
         *,
@@ -89,16 +97,51 @@ class GenerateRequest(_message.Message):
         sampling: Global___Sampling | None = ...,
         stopping: Global___Stopping | None = ...,
         output: Global___Output | None = ...,
+        resume_from: Global___ResumeFrom | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ResumeFrom(_message.Message):
+    """What a client has of a completion. The stream that goes on with it has an Admission of its own;
+    its deltas begin behind these tokens and this text; usage counts all tokens of the completion.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NUM_TEXT_BYTES_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    """Admission.fingerprint. Where it would be another one, FAILED_PRECONDITION."""
+    num_text_bytes: _builtins.int
+    """How much text was delivered with them, in bytes of UTF-8."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All token ids that were delivered, in order."""
+
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_text_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "num_text_bytes", b"num_text_bytes", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeFrom: _TypeAlias = ResumeFrom  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -406,12 +449,20 @@ class Admission(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     seed: _builtins.int
     """The seed in use, given or chosen."""
     num_prompt_tokens: _builtins.int
     num_cached_tokens: _builtins.int
     """Prompt tokens whose KV was found in the prefix cache."""
+    fingerprint: _builtins.str
+    """Names the model and the prompt's tokens, for ResumeFrom: opaque, equal on all servers that
+    serve the same in the same way.
+    """
+    max_tokens: _builtins.int
+    """The most tokens to complete, given or what the context leaves room for."""
     def __init__(
         self,
         *,
@@ -419,10 +470,12 @@ class Admission(_message.Message):
         seed: _builtins.int = ...,
         num_prompt_tokens: _builtins.int = ...,
         num_cached_tokens: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+        max_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "max_tokens", b"max_tokens", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -716,6 +769,7 @@ class GetModelResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name under which the model is served."""
     architecture: _builtins.str
@@ -727,6 +781,10 @@ class GetModelResponse(_message.Message):
     has_chat_template: _builtins.bool
     """Whether the checkpoint has a chat template."""
     server_version: _builtins.str
+    fingerprint: _builtins.str
+    """Names weights, arithmetic, tokenizer and chat template: servers where it is equal go on with
+    each other's streams.
+    """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -739,10 +797,11 @@ class GetModelResponse(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         has_chat_template: _builtins.bool = ...,
         server_version: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "max_model_tokens", b"max_model_tokens", "name", b"name", "server_version", b"server_version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "max_model_tokens", b"max_model_tokens", "name", b"name", "server_version", b"server_version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

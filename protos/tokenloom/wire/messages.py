@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class _Message(
@@ -92,6 +92,8 @@ class Ready(_Message, frozen=True):
     kv_bytes: int
     phases: tuple[tuple[str, float], ...] = ()
     """What it took to get here, in seconds, from the start of the process in a first epoch."""
+    fingerprint: str = ""
+    """Names the weights and how they are computed with; the same on all ranks."""
 
 
 class Failed(_Message, frozen=True):

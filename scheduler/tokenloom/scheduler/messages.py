@@ -77,12 +77,15 @@ class Submit(_Message, frozen=True):
 
     stream: int
     tokens: bytes
-    """int32 [num_prompt_tokens], at least one, all below the vocabulary's size"""
+    """int32 [num_tokens], prompt and beginning of the completion, all below the vocabulary's size;
+    of the prompt at least one"""
     max_tokens: int
-    """At least 1; prompt + max_tokens fit the context."""
+    """Of the whole completion, at least 1; prompt + max_tokens fit the context."""
     sampling: SamplingParams
     salt: str
     """Requests share cached blocks only with requests of the same salt."""
+    num_completion_tokens: int = 0
+    """How many of `tokens` are completion, which goes on behind them; fewer than max_tokens."""
 
 
 class Abort(_Message, frozen=True):
@@ -119,6 +122,8 @@ class ModelReady(_Message, frozen=True):
     num_blocks: int
     phases: tuple[tuple[str, float], ...] = ()
     """What it took the slowest rank to get ready, in seconds."""
+    fingerprint: str = ""
+    """Names the weights and how they are computed with."""
 
 
 class ModelLost(_Message, frozen=True):

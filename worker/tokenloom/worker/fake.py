@@ -117,6 +117,7 @@ class FakeModel:
             max_step_tokens=limits.max_step_tokens,
             weights_bytes=0,
             kv_bytes=self._state.hashes.nbytes,
+            fingerprint=repr(config),
         )
 
     def step(self, step: Step) -> StepDone:

@@ -38,6 +38,7 @@ from tokenloom.worker.weights.checkpoint import (
 )
 from tokenloom.worker.weights.copying import Copying
 from tokenloom.worker.weights.filling import Filling, match
+from tokenloom.worker.weights.fingerprint import fingerprint
 from tokenloom.worker.weights.formats import EightBits
 from tokenloom.worker.weights.linears import DenseLinear, EightBitLinear, Linear
 from tokenloom.worker.weights.matrices import matrices
@@ -51,14 +52,14 @@ from tokenloom.worker.weights.rounding import load_bitsandbytes
 from tokenloom.worker.weights.sharding import Shard, check_split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping
 
     from tokenloom.wire.messages import Configure
     from tokenloom.worker.attention import Attention
     from tokenloom.worker.options import WorkerOptions
     from tokenloom.worker.ranks import Ranks
     from tokenloom.worker.weights.merged import Weights
+    from tokenloom.worker.weights.stored import StoredTensor
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ class LoadedModel:
     attention: Attention
     pool: KVPool
     weights_bytes: int
+    fingerprint: str
+    """Names the whole checkpoint and how it is computed with."""
 
     def outline(self) -> LoadedModel:
         """Returns one layer of each kind on torch's meta device: shapes without content."""
@@ -140,11 +143,12 @@ def load_model(
     """
     report("finding the checkpoint", 0.0)
     folder = locate(configure.model)
-    whole = ModelConfig.parse(read_config(folder))
+    entries, tensors = read_config(folder), read_tensors(folder)
+    whole = ModelConfig.parse(entries)
     dtype = _dtype(configure.dtype, whole, device)
     kv_dtype = _kv_dtype(configure.kv_cache, dtype, device)
     shard = Shard(whole=whole, rank=configure.rank, num_ranks=configure.world_size)
-    weights, fillings = _take_memory(folder, shard, configure, dtype, device)
+    weights, fillings = _take_memory(tensors, shard, configure, dtype, device)
     config = shard.config
     with Copying(fillings, device) as copying:
         attention = choose_attention(
@@ -179,6 +183,7 @@ def load_model(
             attention=attention,
             pool=_pool(config, weights, configure, options, attention, dtype, kv_dtype, device),
             weights_bytes=sum(filling.num_place_bytes for filling in fillings),
+            fingerprint=fingerprint(entries, tensors, _computed_in(configure, dtype, kv_dtype)),
         )
         copying.wait(lambda fraction: report("loading weights", fraction))
     if device.type == "cuda":
@@ -194,7 +199,7 @@ def load_model(
 
 
 def _take_memory(
-    folder: Path,
+    tensors: Mapping[str, StoredTensor],
     shard: Shard,
     configure: Configure,
     dtype: torch.dtype,
@@ -202,7 +207,7 @@ def _take_memory(
 ) -> tuple[Weights, list[Filling]]:
     """Returns zeros for the weights, and what fills them. Raises LoadError."""
     config = shard.config
-    stored = interpret(read_tensors(folder), config)
+    stored = interpret(tensors, config)
     formats = choose_formats(
         matrices(shard.whole),
         stored,
@@ -324,6 +329,19 @@ def find_device(name: str) -> torch.device:
     device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
     return device
+
+
+def _computed_in(
+    configure: Configure, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> tuple[object, ...]:
+    """Returns what beside the checkpoint decides the numbers, up to rounding."""
+    return (
+        dtype,
+        kv_dtype,
+        configure.quantize,
+        configure.quantize_lm_head,
+        configure.int8_threshold,
+    )
 
 
 def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:

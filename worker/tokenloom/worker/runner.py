@@ -97,6 +97,7 @@ class ModelRunner:
             max_step_tokens=limits.max_step_tokens,
             weights_bytes=loaded.weights_bytes,
             kv_bytes=loaded.pool.num_bytes,
+            fingerprint=loaded.fingerprint,
         )
 
     @property

@@ -51,6 +51,7 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
         max_tokens=message.max_tokens,
         sampling=message.sampling,
         salt=message.salt,
+        num_completion_tokens=message.num_completion_tokens,
         now=now,
     )
 
@@ -123,13 +124,19 @@ def _unfit(
     state: State, spec: ModelSpec, front: int, message: Submit, tokens: Int32Array
 ) -> tuple[RefusalReason, str] | None:
     """Returns why a request can never run as it stands."""
-    num_tokens, max_tokens = len(tokens), message.max_tokens
+    max_tokens, num_completed = message.max_tokens, message.num_completion_tokens
+    num_tokens = len(tokens) - num_completed  # of the prompt
     if (front, message.stream) in state.requests:
         return RefusalReason.DUPLICATE, f"stream {message.stream} is already in use"
     if num_tokens < 1 or max_tokens < 1:
         return RefusalReason.INVALID, (
             f"prompt has {num_tokens} tokens and max_tokens is {max_tokens}; "
             "each must be at least 1"
+        )
+    if not 0 <= num_completed < max_tokens:
+        return RefusalReason.INVALID, (
+            f"the completion begins with {num_completed} tokens and max_tokens is {max_tokens}; "
+            "one at least is to come"
         )
     if tokens.min() < 0 or tokens.max() >= spec.vocab_size:
         return RefusalReason.INVALID, (

@@ -77,6 +77,9 @@ def _together(offers: list[Ready]) -> Ready:
     shapes = {(offer.block_size, offer.vocab_size) for offer in offers}
     if len(shapes) > 1:
         raise GroupError(f"ranks differ in (block size, vocabulary): {sorted(shapes)}")
+    fingerprints = {offer.fingerprint for offer in offers}
+    if len(fingerprints) > 1:
+        raise GroupError(f"ranks have loaded different models: {sorted(fingerprints)}")
     return Ready(
         epoch=offers[0].epoch,
         num_blocks=min(offer.num_blocks for offer in offers),
@@ -87,6 +90,7 @@ def _together(offers: list[Ready]) -> Ready:
         weights_bytes=sum(offer.weights_bytes for offer in offers),
         kv_bytes=sum(offer.kv_bytes for offer in offers),
         phases=max((offer.phases for offer in offers), key=_whole_s),
+        fingerprint=offers[0].fingerprint,
     )
 
 

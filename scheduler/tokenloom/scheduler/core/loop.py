@@ -459,6 +459,7 @@ def _model_ready(spec: ModelSpec) -> ModelReady:
         block_size=spec.block_size,
         num_blocks=spec.num_blocks,
         phases=spec.phases,
+        fingerprint=spec.fingerprint,
     )
 
 

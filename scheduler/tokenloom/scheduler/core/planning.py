@@ -216,7 +216,7 @@ def _admit(
         request.planned_s = now
         _note_interval(state, request, now)
         state.outputs_of(request.front).admitted.append(
-            Admitted(stream=request.stream, num_cached_tokens=num_computed)
+            Admitted(stream=request.stream, num_cached_tokens=min(num_computed, request.num_prompt))
         )
     return slot
 

@@ -56,6 +56,8 @@ class ModelSpec:
     num_blocks: int
     phases: tuple[tuple[str, float], ...] = ()
     """What it took to get ready, in seconds."""
+    fingerprint: str = ""
+    """Names the weights and how they are computed with."""
 
     @classmethod
     def of(cls, ready: Ready) -> ModelSpec:
@@ -68,6 +70,7 @@ class ModelSpec:
             block_size=ready.block_size,
             num_blocks=ready.num_blocks,
             phases=ready.phases,
+            fingerprint=ready.fingerprint,
         )
 
     @property
@@ -254,16 +257,18 @@ class State:
         max_tokens: int,
         sampling: SamplingParams,
         salt: str,
+        num_completion_tokens: int,
         now: float,
     ) -> Request:
-        """Enters a request at the end of the queue."""
+        """Enters a request at the end of the queue; the last of its tokens may be completion."""
+        num_prompt = len(tokens) - num_completion_tokens
         request = Request(
             serial=self.next_serial,
             front=front,
             stream=stream,
             tokens=tokens,
-            num_prompt=len(tokens),
-            max_total=len(tokens) + max_tokens,
+            num_prompt=num_prompt,
+            max_total=num_prompt + max_tokens,
             sampling=sampling,
             digests=[root_digest(salt)],
             arrived_s=now,

@@ -2,6 +2,7 @@
 
     RequestError             code                 reason in google.rpc.ErrorInfo
     ├── InvalidRequest       INVALID_ARGUMENT     INVALID_REQUEST, PROMPT_TOO_LONG, MALFORMED
+    ├── OtherModel           FAILED_PRECONDITION  OTHER_MODEL
     ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL
     ├── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
     ├── Unavailable          UNAVAILABLE          NOT_READY, MODEL_LOST, DRAINING, CORE_LOST
@@ -91,6 +92,19 @@ class InvalidRequest(RequestError):
                 field=violation.field, description=violation.description
             )
         return [bad_request]
+
+
+class OtherModel(RequestError):
+    """What the client has of a completion comes from another model, or from another prompt."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+    def __init__(self, *, began: str, here: str) -> None:
+        super().__init__(
+            "OTHER_MODEL",
+            f"resume_from.fingerprint is {began[:64]!r}; here it would be {here!r}: the weights, "
+            "the precision, the tokenizer or the prompt that the chat template makes are others",
+        )
 
 
 class Overloaded(RequestError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from tokenloom.scheduler.front.streams import End, Piece
@@ -18,16 +20,28 @@ _REASONS = {
 """The others are none of them: such a stream ends with a status."""
 
 
-def admission_response(
-    request_id: str, *, seed: int, num_prompt_tokens: int, num_cached_tokens: int
-) -> pb.GenerateResponse:
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is told of a Generate call beside its completion."""
+
+    request_id: str
+    seed: int
+    num_prompt_tokens: int
+    max_tokens: int
+    fingerprint: str
+    """Of the model and the prompt's tokens."""
+
+
+def admission_response(call: Call, *, num_cached_tokens: int) -> pb.GenerateResponse:
     """Returns the first message of a stream."""
     return pb.GenerateResponse(
         admission=pb.Admission(
-            request_id=request_id,
-            seed=seed,
-            num_prompt_tokens=num_prompt_tokens,
+            request_id=call.request_id,
+            seed=call.seed,
+            num_prompt_tokens=call.num_prompt_tokens,
             num_cached_tokens=num_cached_tokens,
+            fingerprint=call.fingerprint,
+            max_tokens=call.max_tokens,
         )
     )
 
@@ -44,16 +58,14 @@ def delta_response(piece: Piece) -> pb.GenerateResponse:
     return response
 
 
-def finish_response(
-    end: End, *, num_prompt_tokens: int, num_cached_tokens: int
-) -> pb.GenerateResponse:
+def finish_response(call: Call, end: End, *, num_cached_tokens: int) -> pb.GenerateResponse:
     """Returns the last message of a stream; what the core does not know is left out."""
     finished = end.finished
     return pb.GenerateResponse(
         finish=pb.Finish(
             reason=_REASONS[finished.reason],
             usage=pb.Usage(
-                num_prompt_tokens=num_prompt_tokens,
+                num_prompt_tokens=call.num_prompt_tokens,
                 num_cached_tokens=num_cached_tokens,
                 num_completion_tokens=finished.num_completion_tokens,
                 queue_s=finished.queue_s,

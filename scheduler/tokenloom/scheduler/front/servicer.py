@@ -8,7 +8,6 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias, TypeVar, assert_never
 
@@ -23,6 +22,7 @@ from tokenloom.scheduler.front.chat import TemplateError
 from tokenloom.scheduler.front.errors import (
     Absence,
     InvalidRequest,
+    OtherModel,
     RequestError,
     Unavailable,
     Violation,
@@ -30,12 +30,18 @@ from tokenloom.scheduler.front.errors import (
     fault_of,
 )
 from tokenloom.scheduler.front.link import CoreLink
-from tokenloom.scheduler.front.responses import admission_response, delta_response, finish_response
+from tokenloom.scheduler.front.responses import (
+    Call,
+    admission_response,
+    delta_response,
+    finish_response,
+)
 from tokenloom.scheduler.front.stops import StopScanner, stop_strings
 from tokenloom.scheduler.front.streams import BLOCKED_WRITE_S, End, Stream
-from tokenloom.scheduler.front.text import TextModel
+from tokenloom.scheduler.front.text import INLINE_TOKENS, TextModel, digest_of
 from tokenloom.scheduler.front.turns import Turns
 from tokenloom.scheduler.front.validate import (
+    Beginning,
     ChatPrompt,
     GenerateSpec,
     Limits,
@@ -57,15 +63,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
 _Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 _Request = TypeVar("_Request", bound=Message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """What a Generate stream needs beside its pieces."""
-
-    request_id: str
-    seed: int
-    num_prompt_tokens: int
 
 
 class InferenceServicer:
@@ -130,6 +127,12 @@ class InferenceServicer:
             has_chat_template=text.has_chat_template,
         )
 
+    @property
+    def _fingerprint(self) -> str:
+        """The name of the served model, weights and text; the same on all servers of it."""
+        weights = "" if isinstance(self.model, Absence) else self.model.fingerprint
+        return digest_of(weights.encode(), self._text.fingerprint.encode())
+
     # Calls -----------------------------------------------------------------------------------
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -178,6 +181,7 @@ class InferenceServicer:
             eos_token_ids=limits.eos_token_ids,
             has_chat_template=limits.has_chat_template,
             server_version=_SERVER_VERSION,
+            fingerprint=self._fingerprint,
         )
 
     # A stream --------------------------------------------------------------------------------
@@ -188,37 +192,49 @@ class InferenceServicer:
         tokens = await self._tokens(spec.prompt)
         max_tokens = fit(spec, len(tokens), self._limits())  # they may have changed meanwhile
         stream = self._stream(spec)
-        call = _Call(
+        call = Call(
             request_id=uuid.uuid4().hex,
             seed=spec.sampling.seed,
             num_prompt_tokens=len(tokens),
+            max_tokens=max_tokens,
+            fingerprint=digest_of(self._fingerprint.encode(), tokens.tobytes()),
         )
+        beginning = spec.beginning
+        if beginning is not None:
+            await self._resume(stream, call, beginning)
+            tokens = np.concatenate((tokens, beginning.token_ids))
         submit = Submit(
             stream=stream.number,
             tokens=tokens.tobytes(),
             max_tokens=max_tokens,
             sampling=spec.sampling,
             salt="",
+            num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
         )
         try:
-            self._link.submit(stream, submit)
+            if not stream.is_over:
+                self._link.submit(stream, submit)
             await self._deliver(stream, call, context)
         finally:
             self._link.release(stream)
 
-    async def _deliver(self, stream: Stream, call: _Call, context: _Context) -> None:
+    async def _resume(self, stream: Stream, call: Call, beginning: Beginning) -> None:
+        """Brings a new stream to where another one broke off."""
+        if beginning.fingerprint != call.fingerprint:
+            raise OtherModel(began=beginning.fingerprint, here=call.fingerprint)
+        await self._text.offload(
+            len(beginning.token_ids) > INLINE_TOKENS,
+            lambda: stream.resume(beginning, max_tokens=call.max_tokens),
+        )
+
+    async def _deliver(self, stream: Stream, call: Call, context: _Context) -> None:
         """Writes a stream's messages. The first write sends the initial metadata with it.
 
         Until then a refusal is trailers alone, which a client's retry policy may
         retry; after it nobody runs the request again behind the client's back.
         """
         num_cached_tokens = await stream.admitted()
-        admission = admission_response(
-            call.request_id,
-            seed=call.seed,
-            num_prompt_tokens=call.num_prompt_tokens,
-            num_cached_tokens=num_cached_tokens,
-        )
+        admission = admission_response(call, num_cached_tokens=num_cached_tokens)
         await stream.write(context.write(admission.SerializeToString()))
         end: End | None = None
         while end is None:
@@ -229,11 +245,7 @@ class InferenceServicer:
                 if piece.token_ids or piece.text:
                     delta = delta_response(piece)
                     await stream.write(context.write(delta.SerializeToString()))
-        finish = finish_response(
-            end,
-            num_prompt_tokens=call.num_prompt_tokens,
-            num_cached_tokens=num_cached_tokens,
-        )
+        finish = finish_response(call, end, num_cached_tokens=num_cached_tokens)
         await stream.write(context.write(finish.SerializeToString()))
 
     def _stream(self, spec: GenerateSpec) -> Stream:

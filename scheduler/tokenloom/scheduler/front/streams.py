@@ -29,7 +29,9 @@ from tokenloom.scheduler.front.errors import (
     Unavailable,
     fault,
 )
+from tokenloom.scheduler.front.resuming import replay
 from tokenloom.scheduler.front.stops import StopScanner
+from tokenloom.scheduler.front.validate import Beginning
 from tokenloom.scheduler.messages import Finished, FinishReason
 from tokenloom.wire.messages import TokenLogprobs
 
@@ -99,6 +101,36 @@ class Stream:
 
         self._waiter: asyncio.Future[None] | None = None
         self._writer: asyncio.Task[object] | None = None
+
+    def resume(self, beginning: Beginning, *, max_tokens: int) -> None:
+        """Takes what the client has already; must come before anything from the core.
+
+        If that is all of the completion, the stream is over. Raises InvalidRequest.
+        """
+        replayed = replay(
+            beginning,
+            detokenizer=self._detokenizer,
+            scanner=self._scanner,
+            stop_token_ids=self._stop_token_ids,
+            min_tokens=self._min_tokens,
+            max_tokens=max_tokens,
+        )
+        self._num_tokens = len(beginning.token_ids)
+        self._pending_text = replayed.rest
+        self._stop_string = replayed.stop_string
+        if replayed.reason is not None:
+            self.admit(0)
+            self.finish(
+                Finished(
+                    stream=self.number,
+                    reason=replayed.reason,
+                    stop_token_id=replayed.stop_token_id,
+                    num_completion_tokens=self._num_tokens,
+                    queue_s=None,
+                    prefill_s=None,
+                    decode_s=None,
+                )
+            )
 
     # From the core ---------------------------------------------------------------------------
 
@@ -215,12 +247,12 @@ class Stream:
 
     def _take_text(self, token_ids: list[int]) -> str:
         """Returns the text that became final with the ids taken now."""
+        text, self._pending_text = self._pending_text, ""
         if self._scanner is not None:
-            text, self._pending_text = self._pending_text, ""
             return text
         if token_ids and token_ids[-1] in self._stop_token_ids:  # the core ends there
             token_ids = token_ids[:-1]
-        text = self._detokenizer.feed(token_ids)
+        text += self._detokenizer.feed(token_ids)
         return text if self._finished is None else text + self._detokenizer.flush()
 
     def _end(self) -> End | None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 _INLINE_CHARS = 2048
 """Shorter texts are tokenized in the event loop: a thread would cost about as much."""
-_INLINE_TOKENS = 1024
+INLINE_TOKENS = 1024
 """As above, for decoding."""
 _NUM_THREADS = 2
 
@@ -41,6 +42,7 @@ class TextModel:
         template: ChatTemplate | None = None,
         eos_token_ids: tuple[int, ...] = (),
         architecture: str = "",
+        fingerprint: str = "",
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -50,6 +52,8 @@ class TextModel:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
         self.eos_token_ids = eos_token_ids
         self.architecture = architecture
+        self.fingerprint = fingerprint
+        """Names the files that it was read from."""
         self.longest_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
 
     @property
@@ -63,21 +67,27 @@ class TextModel:
 
     async def encode(self, text: str) -> NDArray[np.int32]:
         """Returns the text's token ids, [num_tokens]; no special token is added."""
-        return await self._offload(len(text) > _INLINE_CHARS, lambda: self._encode(text))
+        return await self.offload(len(text) > _INLINE_CHARS, lambda: self._encode(text))
 
     async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
         """Returns the token ids of (role, content) messages. Raises TemplateError."""
         num_chars = sum(len(content) for _, content in messages)
-        return await self._offload(
+        return await self.offload(
             num_chars > _INLINE_CHARS, lambda: self._encode(self._render(messages))
         )
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Returns the text of token ids; unknown ids have none."""
-        return await self._offload(
-            len(ids) > _INLINE_TOKENS,
+        return await self.offload(
+            len(ids) > INLINE_TOKENS,
             lambda: self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens),
         )
+
+    async def offload(self, is_long: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - a condition
+        """Runs long work on text in a thread, so that streams do not stall."""
+        if is_long:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return work()
 
     def close(self) -> None:
         """Ends the threads; what they work on is finished and dropped."""
@@ -92,12 +102,6 @@ class TextModel:
         # The batch call lets go of the interpreter lock and computes no offsets.
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.asarray(encoding.ids, dtype=np.int32)
-
-    async def _offload(self, is_long: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - one use
-        """Runs long work in a thread, so that streams do not stall."""
-        if is_long:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        return work()
 
 
 def load_text_model(model: str) -> TextModel:
@@ -136,12 +140,23 @@ def load_text_model(model: str) -> TextModel:
         compiled = None if template is None else ChatTemplate(template, special_tokens)
     except TemplateError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    eos_token_ids = _eos_token_ids(read_object("generation_config.json"), config)
     return TextModel(
         tokenizer,
         template=compiled,
-        eos_token_ids=_eos_token_ids(read_object("generation_config.json"), config),
+        eos_token_ids=eos_token_ids,
         architecture=_architecture(config),
+        fingerprint=digest_of(repr((source, template, special_tokens, eos_token_ids)).encode()),
     )
+
+
+def digest_of(*parts: bytes) -> str:
+    """Returns a name for parts, in hexadecimal: another one if any of them differs."""
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _folder(model: str) -> Path:

@@ -79,6 +79,15 @@ Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What the client has of a completion that it wants to go on."""
+
+    fingerprint: str
+    token_ids: NDArray[np.int32]  # [num_tokens]
+    num_text_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateSpec:
     """A Generate request whose fields are all in range, defaults applied."""
 
@@ -88,6 +97,7 @@ class GenerateSpec:
     """None: as many as the context leaves room for."""
     stop_strings: tuple[str, ...]
     skip_special_tokens: bool
+    beginning: Beginning | None
 
 
 class _Violations:
@@ -131,6 +141,7 @@ def validate_generate(
             f"is {stopping.min_tokens}; it must not exceed max_tokens, which is {max_tokens}",
         )
     stop_strings = _stop_strings(stopping.stop_strings, found)
+    beginning = _beginning(request, limits, found) if request.HasField("resume_from") else None
     if isinstance(prompt, TokenPrompt):
         num_tokens = len(request.tokens.ids)
         _lengths(num_tokens, prompt.field, sampling.min_tokens, max_tokens, limits, found)
@@ -142,6 +153,7 @@ def validate_generate(
         max_tokens=max_tokens,
         stop_strings=stop_strings,
         skip_special_tokens=_default_true(request.output),
+        beginning=beginning,
     )
 
 
@@ -239,6 +251,31 @@ def _chat(chat: pb.Chat, limits: Limits, found: _Violations) -> ChatPrompt:
         )
     _prompt_bytes(sum(len(content.encode()) for _, content in messages), field, limits, found)
     return ChatPrompt(messages=messages)
+
+
+def _beginning(request: pb.GenerateRequest, limits: Limits, found: _Violations) -> Beginning:
+    given = request.resume_from
+    field = "resume_from.token_ids"
+    found.check(
+        request.sampling.HasField("seed"),
+        "sampling.seed",
+        "is absent; what goes on needs that of its Admission",
+    )
+    if found.check(
+        request.stopping.HasField("max_tokens"),
+        "stopping.max_tokens",
+        "is absent; what goes on needs that of its Admission",
+    ):
+        most = min(request.stopping.max_tokens, limits.max_model_tokens)
+        ids = given.token_ids
+        if found.check(len(ids) <= most, field, f"has {len(ids)} tokens; at most {most} may be"):
+            _token_ids(ids, field, limits, found)
+            return Beginning(
+                fingerprint=given.fingerprint,
+                token_ids=np.asarray(ids, np.uint32).astype(np.int32),
+                num_text_bytes=given.num_text_bytes,
+            )
+    return Beginning(fingerprint="", token_ids=np.empty(0, np.int32), num_text_bytes=0)
 
 
 def _prompt_bytes(num_bytes: int, field: str, limits: Limits, found: _Violations) -> None:
