@@ -46,7 +46,8 @@ class _Run:
 
 def echo(submit: Submit) -> list[int]:
     """Returns the prompt's own tokens, again and again, up to max_tokens."""
-    prompt = np.frombuffer(submit.tokens, "<i4").tolist()
+    tokens = np.frombuffer(submit.tokens, "<i4").tolist()
+    prompt = tokens[: len(tokens) - submit.num_completion_tokens]
     return [prompt[place % len(prompt)] for place in range(submit.max_tokens)]
 
 
@@ -160,11 +161,12 @@ class FakeCore:
         admitted = []
         if self.is_admitting:
             for submit in self._waiting:
-                self._runs[submit.stream] = _Run(submit=submit, tokens=self.script(submit))
+                tokens = self.script(submit)[submit.num_completion_tokens :]
+                self._runs[submit.stream] = _Run(submit=submit, tokens=tokens)
                 admitted.append(Admitted(stream=submit.stream, num_cached_tokens=3))
             self._waiting = []
         streams: list[int] = []
-        tokens: list[int] = []
+        drawn: list[int] = []
         logprobs: list[TokenLogprobs] = []
         finished: list[Finished] = []
         for number, run in list(self._runs.items()):
@@ -173,9 +175,9 @@ class FakeCore:
                 token = run.tokens[run.num_sent]
                 run.num_sent += 1
                 if run.submit.sampling.num_top_logprobs is not None:
-                    logprobs.append(_logprobs(len(tokens), run.submit))
+                    logprobs.append(_logprobs(len(drawn), run.submit))
                 streams.append(number)
-                tokens.append(token)
+                drawn.append(token)
                 reason = self._reason(run)
             if reason is not None:
                 finished.append(_finished(run, reason))
@@ -185,7 +187,7 @@ class FakeCore:
                 outputs(
                     admitted=admitted,
                     streams=streams,
-                    tokens=tokens,
+                    tokens=drawn,
                     logprobs=logprobs,
                     finished=finished,
                 )
@@ -228,11 +230,12 @@ def _finished(run: _Run, reason: FinishReason) -> Finished:
     is_stop = reason is FinishReason.STOP_TOKEN
     is_string = reason is FinishReason.STOP_STRING
     assert not is_string or run.stop_at is not None
+    num_tokens = run.submit.num_completion_tokens + run.num_sent
     return Finished(
         stream=run.submit.stream,
         reason=reason,
         stop_token_id=run.tokens[run.num_sent - 1] if is_stop else None,
-        num_completion_tokens=run.stop_at if run.stop_at is not None else run.num_sent,
+        num_completion_tokens=run.stop_at if run.stop_at is not None else num_tokens,
         queue_s=0.25,
         prefill_s=0.5 if run.num_sent else None,
         decode_s=None,
