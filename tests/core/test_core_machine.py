@@ -91,8 +91,15 @@ class CoreMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         seed=st.integers(0, 2),
         salt=st.sampled_from(["", "b"]),
+        num_begun=st.just(0) | st.integers(0, 11),
     )
-    def submit(self, prompt: list[int], max_tokens: int, seed: int, salt: str) -> None:
+    def submit(
+        self, prompt: list[int], max_tokens: int, seed: int, salt: str, num_begun: int
+    ) -> None:
+        """Some requests bring the beginning of their completion from another core."""
+        answer = undisturbed(self.config, prompt, max_tokens, seed)
+        begun = answer[: min(num_begun, len(answer) - 1)]
+        tokens = prompt + begun
         stream = self.num_streams
         self.num_streams += 1
         waiting = len(self.state.waiting)
@@ -102,10 +109,11 @@ class CoreMachine(RuleBasedStateMachine):
             0,
             Submit(
                 stream=stream,
-                tokens=np.array(prompt, np.int32).tobytes(),
+                tokens=np.array(tokens, np.int32).tobytes(),
                 max_tokens=max_tokens,
                 sampling=sampling(seed, stop_token_ids=(EOS,)),
                 salt=salt,
+                num_completion_tokens=len(begun),
             ),
             self.now,
         )
@@ -113,12 +121,12 @@ class CoreMachine(RuleBasedStateMachine):
         taken = (
             len(prompt) + max_tokens <= capacity
             and waiting < 6
-            and waiting_tokens + len(prompt) <= 60
+            and waiting_tokens + len(tokens) <= 60
         )
         assert ((0, stream) in self.state.requests) == taken
         if taken:
-            self.answers[stream] = undisturbed(self.config, prompt, max_tokens, seed)
-            self.delivered[stream] = []
+            self.answers[stream] = answer
+            self.delivered[stream] = begun
         else:
             assert [r.stream for r in self.state.outputs_of(0).refused] == [stream]
         self.read()
@@ -170,7 +178,9 @@ class CoreMachine(RuleBasedStateMachine):
                     assert got == self.answers[stream][: len(got)]
             for finished in outputs.finished:
                 if finished.stream in self.answers:
-                    assert self.delivered[finished.stream] == self.answers.pop(finished.stream)
+                    answer = self.answers.pop(finished.stream)
+                    assert self.delivered[finished.stream] == answer
+                    assert finished.num_completion_tokens == len(answer)
 
     @invariant()
     def the_structures_agree(self) -> None:

@@ -68,3 +68,10 @@ def test_ranks_that_differ_in_shape_are_no_group() -> None:
     group.enter(0, READY)
     with pytest.raises(GroupError, match="vocabulary"):
         group.enter(1, msgspec.structs.replace(READY, vocab_size=98))
+
+
+def test_ranks_of_different_checkpoints_are_no_group() -> None:
+    group = two()
+    group.enter(0, msgspec.structs.replace(READY, fingerprint="one"))
+    with pytest.raises(GroupError, match="different models"):
+        group.enter(1, msgspec.structs.replace(READY, fingerprint="another"))

@@ -71,6 +71,21 @@ def test_blocks_of_a_faulty_request_are_not_found_again() -> None:
     assert state.check() == []
 
 
+def test_a_beginning_counts_as_completion_and_a_cached_one_not_as_prompt() -> None:
+    state = ready_state()
+    admission.submit(state, 0, submit(1, [3] * 30 + [5] * 18, 2), 0.0)
+    run(state, faulty=False)
+    begun = msgspec.structs.replace(submit(2, [3] * 30 + [5] * 18, 20), num_completion_tokens=18)
+    admission.submit(state, 0, begun, 0.0)
+    (request,) = state.requests.values()
+    assert (request.num_prompt, request.max_total) == (30, 50)
+    run(state, faulty=False)
+    outputs = state.take_outputs()[0]
+    assert [admitted.num_cached_tokens for admitted in outputs.admitted] == [0, 30]
+    assert [end.num_completion_tokens for end in outputs.finished] == [2, 20]
+    assert outputs.num_tokens == 2 + 2
+
+
 def test_an_idle_night_does_not_make_refused_clients_wait() -> None:
     state = ready_state()
     hour_s = 3600.0
@@ -93,6 +108,9 @@ def test_an_idle_night_does_not_make_refused_clients_wait() -> None:
         submit(1, [3], 5, -1),
         submit(1, [3], 5, stop_token_ids=(2**31,)),
         submit(1, [3], 5, logit_bias=((97, 1.0),)),
+        msgspec.structs.replace(submit(1, [3] * 9, 5), num_completion_tokens=5),
+        msgspec.structs.replace(submit(1, [3], 5), num_completion_tokens=1),
+        msgspec.structs.replace(submit(1, [3], 5), num_completion_tokens=-1),
     ],
 )
 def test_a_submit_that_no_array_can_hold_is_refused_and_ends_nobody(message: Submit) -> None:

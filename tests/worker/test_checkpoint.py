@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,32 @@ def test_a_bfloat16_checkpoint_computes_in_float32_on_a_cpu(tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     expected = generate(model.to(torch.float32), PROMPT, 8)
     assert complete(configuration(str(tmp_path))) == [expected]
+
+
+def test_copies_have_one_fingerprint_and_whatever_changes_tokens_another(tmp_path: Path) -> None:
+    def fingerprint(configure: Configure) -> str:
+        return load(configure)[1].fingerprint
+
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    make_checkpoint(tmp_path / "a", "llama")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    same = fingerprint(configuration(a))
+    assert fingerprint(configuration(b)) == same
+    assert fingerprint(configuration(a, max_num_requests=3, max_step_tokens=16)) == same
+    others = [
+        fingerprint(configuration(a, dtype="bfloat16")),
+        fingerprint(configuration(a, quantize="nf4")),
+        fingerprint(configuration(a, kv_cache="fp8")),
+    ]
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    for name in tensors:
+        if "v_proj" in name:  # as what trains an adapter of values leaves it
+            tensors[name] *= 1.001
+    save_file(tensors, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    others.append(fingerprint(configuration(b)))
+    edit_config(tmp_path / "a", rms_norm_eps=1e-6)
+    others.append(fingerprint(configuration(a)))
+    assert len({same, *others}) == 6
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -180,7 +180,7 @@ class ResumingStream:
 
     def read(self) -> pb.GenerateResponse | None:
         """Returns the next message, None after the last. Raises TokenloomError."""
-        while True:
+        while not self._left.is_set():
             try:
                 message = self._responses.read()
             except TokenloomError as error:
@@ -188,6 +188,7 @@ class ResumingStream:
                 continue
             if message is None or self._progress.takes(message):
                 return message
+        raise Cancelled("the call was cancelled here")
 
     def cancel(self) -> None:
         """Ends the call, or the pause before the next one."""
@@ -196,7 +197,7 @@ class ResumingStream:
 
     def _call_again(self, error: TokenloomError) -> None:
         if self._left.wait(self._progress.pause_s(error)):
-            raise Cancelled("the call was cancelled here") from error
+            return
         self._responses = self._transport.generate(
             self._progress.next_request(), timeout_s=self._progress.remaining_s
         )
@@ -224,7 +225,7 @@ class AsyncResumingStream:
 
     async def read(self) -> pb.GenerateResponse | None:
         """Returns the next message, None after the last. Raises TokenloomError."""
-        while True:
+        while not self._left.is_set():
             try:
                 message = await self._responses.read()
             except TokenloomError as error:
@@ -232,6 +233,7 @@ class AsyncResumingStream:
                 continue
             if message is None or self._progress.takes(message):
                 return message
+        raise Cancelled("the call was cancelled here")
 
     def cancel(self) -> None:
         """Ends the call, or the pause before the next one."""
@@ -246,8 +248,7 @@ class AsyncResumingStream:
         except asyncio.CancelledError:
             self._left.set()  # as a call that is being read, the stream ends with its reader
             raise
-        if self._left.is_set():
-            raise Cancelled("the call was cancelled here") from error
-        self._responses = self._transport.generate_async(
-            self._progress.next_request(), timeout_s=self._progress.remaining_s
-        )
+        if not self._left.is_set():
+            self._responses = self._transport.generate_async(
+                self._progress.next_request(), timeout_s=self._progress.remaining_s
+            )
