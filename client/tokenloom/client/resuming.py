@@ -122,7 +122,7 @@ class Progress:
             self._broken = error
         pause_s = max(self._resume.pause_s(self._num_attempts), error.retry_after_s or 0.0)
         self._num_attempts += 1
-        _log.warning(
+        _log.info(
             "a stream broke off after %d tokens; attempt %d to resume it follows in %.1f s: %s",
             len(self._request.resume_from.token_ids),
             self._num_attempts,
