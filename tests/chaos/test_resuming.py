@@ -207,6 +207,7 @@ def check_that_streams_go_on(
             crowd.run(client, do)
     crowd.assert_undisturbed()
     replicas.stays.assert_unharmed()
+    assert replicas.stays.inspect().num_steps > before
 
 
 @pytest.mark.parametrize("replicas", ["fake"], indirect=True)
