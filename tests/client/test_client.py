@@ -274,6 +274,23 @@ def test_every_status_has_its_error(code: grpc.StatusCode, kind: type[TokenloomE
         assert caught.value.fault_id == "f7"
 
 
+def test_a_reason_of_another_domain_is_not_taken_for_the_servers() -> None:
+    info = error_details_pb2.ErrorInfo(
+        reason="DRAINING", domain="proxy.example", metadata={"a": "b"}
+    )
+
+    def respond(context: grpc.ServicerContext) -> Responses:
+        abort(context, grpc.StatusCode.UNAVAILABLE, "upstream reset", [info])
+
+    with (
+        serving(respond) as server,
+        Client(server.address) as client,
+        pytest.raises(Unavailable, match="upstream reset") as error,
+    ):
+        client.generate("x").result()
+    assert (error.value.reason, error.value.metadata) == ("", {})
+
+
 def test_unreadable_details_leave_the_status() -> None:
     def respond(context: grpc.ServicerContext) -> Responses:
         context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff"),))

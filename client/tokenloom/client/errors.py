@@ -13,9 +13,10 @@
     └── ProtocolError         the server's messages break the contract of the stream
 
 Every error bears the gRPC status `code`; a `reason`, the constant that the
-server gives for programs (such as QUEUE_FULL), empty where it gave none; and
-`metadata`, what else it told. Values that cannot be right for any server raise
-Python's own TypeError or ValueError before anything is sent.
+server gives for programs (such as QUEUE_FULL), empty where it gave none or the
+status is not its own; and `metadata`, what else it told. Values that cannot be
+right for any server raise Python's own TypeError or ValueError before anything
+is sent.
 """
 
 from __future__ import annotations

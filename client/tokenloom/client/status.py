@@ -26,6 +26,7 @@ from tokenloom.client.errors import (
 )
 from tokenloom.v1 import errors_pb2
 
+_DOMAIN = "tokenloom"
 _DETAILS_KEY = "grpc-status-details-bin"
 _TOO_SLOW = "CLIENT_TOO_SLOW"
 _TOO_LARGE = "larger than max"
@@ -67,6 +68,8 @@ def error_from_status(
     except DecodeError:
         # A proxy may have cut the trailer; the status itself is still true.
         pass
+    if info.domain != _DOMAIN:
+        info.Clear()  # a proxy's word: reasons mean something in their domain alone
     kind = _ERRORS.get(code, ServerError)
     if kind is Overloaded and (info.reason == _TOO_SLOW or _TOO_LARGE in message):
         kind = LimitExceeded

@@ -143,11 +143,12 @@ def load_model(
     """
     report("finding the checkpoint", 0.0)
     folder = locate(configure.model)
-    entries, tensors = read_config(folder), read_tensors(folder)
+    entries = read_config(folder)
     whole = ModelConfig.parse(entries)
     dtype = _dtype(configure.dtype, whole, device)
     kv_dtype = _kv_dtype(configure.kv_cache, dtype, device)
     shard = Shard(whole=whole, rank=configure.rank, num_ranks=configure.world_size)
+    tensors = read_tensors(folder)
     weights, fillings = _take_memory(tensors, shard, configure, dtype, device)
     config = shard.config
     with Copying(fillings, device) as copying:

@@ -85,6 +85,7 @@ class Beginning:
     fingerprint: str
     token_ids: NDArray[np.int32]  # [num_tokens]
     num_text_bytes: int
+    """In UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class GenerateSpec:
     stop_strings: tuple[str, ...]
     skip_special_tokens: bool
     beginning: Beginning | None
+    """None: the completion is a new one."""
 
 
 class _Violations:
@@ -141,7 +143,7 @@ def validate_generate(
             f"is {stopping.min_tokens}; it must not exceed max_tokens, which is {max_tokens}",
         )
     stop_strings = _stop_strings(stopping.stop_strings, found)
-    beginning = _beginning(request, limits, found) if request.HasField("resume_from") else None
+    beginning = _beginning(request, limits, found)
     if isinstance(prompt, TokenPrompt):
         num_tokens = len(request.tokens.ids)
         _lengths(num_tokens, prompt.field, sampling.min_tokens, max_tokens, limits, found)
@@ -253,29 +255,26 @@ def _chat(chat: pb.Chat, limits: Limits, found: _Violations) -> ChatPrompt:
     return ChatPrompt(messages=messages)
 
 
-def _beginning(request: pb.GenerateRequest, limits: Limits, found: _Violations) -> Beginning:
-    given = request.resume_from
-    field = "resume_from.token_ids"
-    found.check(
-        request.sampling.HasField("seed"),
-        "sampling.seed",
-        "is absent; what goes on needs that of its Admission",
-    )
-    if found.check(
-        request.stopping.HasField("max_tokens"),
-        "stopping.max_tokens",
-        "is absent; what goes on needs that of its Admission",
+def _beginning(request: pb.GenerateRequest, limits: Limits, found: _Violations) -> Beginning | None:
+    if not request.HasField("resume_from"):
+        return None
+    given, field = request.resume_from, "resume_from.token_ids"
+    lacking = "is absent; what goes on needs that of its Admission"
+    found.check(request.sampling.HasField("seed"), "sampling.seed", lacking)
+    if not found.check(request.stopping.HasField("max_tokens"), "stopping.max_tokens", lacking):
+        return None
+    num_tokens = len(given.token_ids)
+    most = min(request.stopping.max_tokens, limits.max_model_tokens)
+    if not found.check(
+        num_tokens <= most, field, f"has {num_tokens} tokens; at most {most} may be"
     ):
-        most = min(request.stopping.max_tokens, limits.max_model_tokens)
-        ids = given.token_ids
-        if found.check(len(ids) <= most, field, f"has {len(ids)} tokens; at most {most} may be"):
-            _token_ids(ids, field, limits, found)
-            return Beginning(
-                fingerprint=given.fingerprint,
-                token_ids=np.asarray(ids, np.uint32).astype(np.int32),
-                num_text_bytes=given.num_text_bytes,
-            )
-    return Beginning(fingerprint="", token_ids=np.empty(0, np.int32), num_text_bytes=0)
+        return None
+    _token_ids(given.token_ids, field, limits, found)
+    return Beginning(
+        fingerprint=given.fingerprint,
+        token_ids=np.asarray(given.token_ids, np.uint32).astype(np.int32),
+        num_text_bytes=given.num_text_bytes,
+    )
 
 
 def _prompt_bytes(num_bytes: int, field: str, limits: Limits, found: _Violations) -> None:
