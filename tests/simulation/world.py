@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -204,6 +204,14 @@ class World:
             stop_token_ids=stop_ids,
             num_top_logprobs=draw.choice([None, None, 0, 2]),
         )
+        expected = expected_tokens(
+            prompt,
+            min(max_tokens, self.max_request_tokens),
+            seed=params.seed,
+            config=self.fake,
+            min_tokens=params.min_tokens,
+            stop_token_ids=stop_ids,
+        )
         return Caller(
             front=draw.randrange(NUM_FRONTS),
             stream=stream,
@@ -214,15 +222,15 @@ class World:
             leaves_after=draw.choice([None] * 6 + [0, 3]),
             stops_after=draw.choice([None] * 8 + [4]),
             arrived_s=arrived_s,
-            expected=expected_tokens(
-                prompt,
-                min(max_tokens, self.max_request_tokens),
-                seed=params.seed,
-                config=self.fake,
-                min_tokens=params.min_tokens,
-                stop_token_ids=stop_ids,
-            ),
+            expected=expected,
+            tokens=self._beginning(expected, stop_ids) if prompt[-1] != FAULTY else [],
         )
+
+    def _beginning(self, expected: list[int], stop_ids: Sequence[int]) -> list[int]:
+        """Returns what a caller has from another server: mostly nothing, never all."""
+        stops = [index for index, token in enumerate(expected) if token in stop_ids]
+        most = stops[0] if stops else len(expected) - 1
+        return expected[: self.random.choice([0, 0, 0, self.random.randint(0, most)])]
 
     def _submit(self, caller: Caller) -> None:
         self.arrival_order.append((caller.front, caller.stream))
@@ -231,10 +239,11 @@ class World:
             caller.front,
             Submit(
                 stream=caller.stream,
-                tokens=np.array(caller.prompt, np.int32).tobytes(),
+                tokens=np.array([*caller.prompt, *caller.tokens], np.int32).tobytes(),
                 max_tokens=caller.max_tokens,
                 sampling=caller.sampling,
                 salt=caller.salt,
+                num_completion_tokens=len(caller.tokens),
             ),
             self.now,
         )
