@@ -177,9 +177,9 @@ def kill_front(server: Server) -> None:
     _child(server, "tokenloom.scheduler.front").kill()
 
 
-def end_the_grace(server: Server) -> None:
-    """The server is told to leave at once."""
-    server.scheduler.send_signal(signal.SIGINT)
+def drain(server: Server) -> None:
+    """Whose grace of 0 s is over at once."""
+    server.scheduler.send_signal(signal.SIGTERM)
 
 
 def _child(server: Server, module: str) -> psutil.Process:
@@ -193,7 +193,7 @@ def check_that_streams_go_on(
 ) -> None:
     """Harms the server that has all streams once each of them has so many tokens."""
     with ExitStack() as stack:
-        server = stack.enter_context(replicas.start())
+        server = stack.enter_context(replicas.start("--grace-s=0"))
         server.client().close()
         before = replicas.stays.inspect().num_steps
 
@@ -211,7 +211,7 @@ def check_that_streams_go_on(
 
 
 @pytest.mark.parametrize("replicas", ["fake"], indirect=True)
-@pytest.mark.parametrize("harm", [kill_supervisor, kill_core, kill_front, end_the_grace])
+@pytest.mark.parametrize("harm", [kill_supervisor, kill_core, kill_front, drain])
 @pytest.mark.parametrize("num_tokens", [1, 17])
 def test_streams_of_a_scheduler_that_dies_go_on_at_another(
     replicas: Replicas, harm: Callable[[Server], None], num_tokens: int
