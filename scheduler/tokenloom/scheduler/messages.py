@@ -181,6 +181,8 @@ class Inspection(_Message, frozen=True):
     """The core's state in numbers, and whether its structures agree."""
 
     epoch: int
+    pids: tuple[int, ...]
+    """The group's processes, rank 0 first; while it is gathered, those that have come."""
     num_waiting: int
     num_running: int
     num_blocks: int

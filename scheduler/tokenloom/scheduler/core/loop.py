@@ -419,6 +419,7 @@ class CoreLoop:
         state = self._state
         return Inspection(
             epoch=self._epoch,
+            pids=tuple(self._group.pids),
             num_waiting=len(state.waiting),
             num_running=state.num_running,
             num_blocks=0 if state.pool is None else state.pool.num_blocks,
