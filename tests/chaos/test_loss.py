@@ -343,6 +343,7 @@ def test_a_poisoned_request_fails_alone(checkpoint: Path, kind: str, rank: int) 
     with Server.of_fakes(checkpoint, *options, worker=(*FAKE_OPTIONS, *poison)) as server:
         loom = Loom(server=server, num_ranks=2, cases=fake_cases(100))
         loom.await_serving()
+        epoch = server.inspect().epoch
         crowd = Crowd(loom)
         with crowd.running(), server.client() as client:
             crowd.until(lambda lengths: min(lengths) >= 1)
@@ -352,7 +353,7 @@ def test_a_poisoned_request_fails_alone(checkpoint: Path, kind: str, rank: int) 
             assert fault.value.reason == "MODEL_CRASH"
             assert len(fault.value.metadata["fault_id"]) == 32
         server.assert_unharmed()
-        assert server.inspect().epoch == 4
+        assert server.inspect().epoch == epoch + 3
         assert server.stop() == 0
 
 
@@ -371,6 +372,27 @@ def test_a_server_whose_workers_crash_too_often_ends_and_leaves_nothing(
         assert server.scheduler.wait(60) == 1
         assert psutil.wait_procs(processes, timeout=30)[1] == []
     assert "at most 1 may be" in capfd.readouterr().err
+
+
+def test_ranks_that_outlive_their_scheduler_serve_the_next() -> None:
+    options = ("--model", str(POCKET), "--tensor-parallel=2")
+    with Server("scheduler", *options) as server:
+        workers = ("--device=cpu", "--kv-cache-bytes=64MiB", "--cpu-threads=1")
+        endpoint = f"--connect=ipc://{server.run_dir}/worker.sock"
+        ranks = [server.start("tokenloom.worker", endpoint, *workers) for _ in range(2)]
+
+        def answer() -> list[int]:
+            with server.client() as client:
+                result = client.generate([5, 6, 7], seed=1, max_tokens=20, timeout_s=60).result()
+            return list(result.token_ids)
+
+        before, epoch = answer(), server.inspect().epoch
+        server.restart_scheduler()
+        assert answer() == before
+        assert server.inspect().epoch > epoch
+        assert set(server.inspect().pids) == {rank.pid for rank in ranks}
+        assert server.stop() == 0
+        assert [rank.wait(30) for rank in ranks] == [0, 0]
 
 
 def test_kill_9_of_the_supervisor_leaves_no_process_behind(checkpoint: Path) -> None:

@@ -34,7 +34,8 @@ class Server:
         self.context = zmq.Context()
         here = ("--listen=127.0.0.1:0", f"--run-dir={self.run_dir}")
         command, *rest = arguments
-        self.scheduler = self.start(module, command, *here, *rest)
+        self._command = (module, command, *here, *rest)
+        self.scheduler = self.start(*self._command)
 
     @classmethod
     def of_model(cls, model: Path, *options: str) -> Self:
@@ -59,6 +60,13 @@ class Server:
         process = subprocess.Popen([sys.executable, "-m", module, *args], env=environment)
         self.processes.append(process)
         return process
+
+    def restart_scheduler(self) -> None:
+        """Kills what was started first, and starts it again in the same folder."""
+        self.scheduler.kill()
+        self.scheduler.wait()
+        (self.run_dir / "address").unlink()
+        self.scheduler = self.start(*self._command)
 
     def start_fake_worker(self, *options: str) -> subprocess.Popen[bytes]:
         endpoint = f"ipc://{self.run_dir}/worker.sock"

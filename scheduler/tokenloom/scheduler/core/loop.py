@@ -100,7 +100,9 @@ class CoreLoop:
         self._front_numbers: dict[bytes, int] = {}
         self._next_front = 0
         self._group = Group(config.tensor_parallel)
-        self._epoch = 0
+        self._epoch = int(1000 * time.time())
+        """Grows over the lives of cores, too: workers that outlive one join the next, and names of
+        older epochs are still in their stores. No core has an epoch each millisecond."""
         self._watch = StepWatch(config.step_timeout_s)
         self._budget = crashes.CrashBudget(
             max_crashes=config.max_crashes, window_s=config.crash_window_s

@@ -58,6 +58,7 @@ class FrontServer:
         self._health = health.aio.HealthServicer()
         self._health_changed = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
+        self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
         self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
@@ -98,7 +99,9 @@ class FrontServer:
         self._servicer.model = model
         self._health_changed.set()
         if isinstance(model, ModelReady):
-            _log.info("serving %s on %s%s", self._config.name, self.address, _start_told(model))
+            told = "" if self._has_served else _start_told(model)
+            self._has_served = True
+            _log.info("serving %s on %s%s", self._config.name, self.address, told)
 
     async def _follow_health(self) -> None:
         while True:
@@ -143,7 +146,7 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
 def _start_told(model: ModelReady) -> str:
     """Returns what the start took, from the command to serving, as the end of a sentence."""
     command_s = process_start_s(os.getppid())  # the command started the front
-    if model.epoch != 1 or process_start_s() - command_s > _START_S:
+    if process_start_s() - command_s > _START_S:
         return ""
     whole_s = time.monotonic() - command_s
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in model.phases)
