@@ -17,16 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import psutil
 import pytest
 import zmq
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from tests.e2e.server import START_TIMEOUT_S, Server, wait_until
 from tests.front.checkpoints import byte_level_tokenizer, write_checkpoint
-from tokenloom.client import Client, ServerError, TokenloomError
+from tokenloom.client import Client, Delta, Pause, ServerError, TokenloomError
 from tokenloom.wire import codec
 from tokenloom.wire.messages import PROTOCOL_VERSION, Failed, Hello, Ready, StepDone, ToCore
 from tokenloom.worker.fake import FakeConfig, expected_tokens
@@ -86,6 +88,9 @@ class Loom:
 class Crowd:
     """Streams that run at once; the harm is done while they do."""
 
+    num_pauses = 0
+    """That any stream heard of."""
+
     def __init__(self, loom: Loom) -> None:
         self.loom = loom
         self.tokens: list[list[int]] = [[] for _ in loom.cases]
@@ -102,8 +107,12 @@ class Crowd:
                 ignore_eos=True,
                 timeout_s=250,
             )
-            for delta in stream:  # which checks that indices follow each other
-                tokens += delta.token_ids
+            for event in stream.events():  # which checks that indices follow each other
+                match event:
+                    case Delta():
+                        tokens += event.token_ids
+                    case Pause():
+                        self.num_pauses += 1
         except TokenloomError as error:
             self.wrong.append(f"stream {place}: {error!r} after {len(tokens)} tokens")
 
@@ -330,6 +339,7 @@ def survive(loom: Loom, harm: Harm, *, rank: int, seed: int) -> None:
     with crowd.running():
         harm(loom, crowd, rank, random.Random(seed))
         assert not crowd.is_over  # else the harm came too late to be any
+    assert crowd.num_pauses > 0
     loom.server.assert_unharmed()
     assert loom.server.inspect().epoch > epoch
     loom.await_serving()
@@ -372,6 +382,25 @@ def test_a_server_whose_workers_crash_too_often_ends_and_leaves_nothing(
         assert server.scheduler.wait(60) == 1
         assert psutil.wait_procs(processes, timeout=30)[1] == []
     assert "at most 1 may be" in capfd.readouterr().err
+
+
+def test_a_core_that_stands_still_is_not_alive_until_it_goes_on(checkpoint: Path) -> None:
+    options = ("--heartbeat-timeout-s=1",)
+    with Server.of_fakes(checkpoint, *options, worker=FAKE_OPTIONS) as server:
+        Loom(server=server, num_ranks=1, cases=[]).await_serving()
+        (core,) = server.children("tokenloom.scheduler.core")
+        with grpc.insecure_channel(server.address) as channel:
+            stub: Any = HealthStub(channel)
+
+            def lives() -> bool:
+                response = stub.Check(HealthCheckRequest(service="liveness"))
+                return bool(response.status == HealthCheckResponse.SERVING)
+
+            assert lives()
+            core.suspend()
+            wait_until(lambda: not lives(), 60)
+            core.resume()
+            wait_until(lives, 60)
 
 
 def test_ranks_that_outlive_their_scheduler_serve_the_next() -> None:

@@ -111,10 +111,14 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         """Returns the workers that the server started and that live."""
+        return self.children("tokenloom.worker")
+
+    def children(self, module: str) -> list[psutil.Process]:
+        """Returns the processes that the server started, that live, and that run a module."""
         found = []
         for child in psutil.Process(self.scheduler.pid).children():
             with suppress(psutil.NoSuchProcess):
-                if any(part.startswith("tokenloom.worker") for part in child.cmdline()):
+                if any(part.startswith(module) for part in child.cmdline()):
                     found.append(child)
         return sorted(found, key=lambda child: child.pid)
 

@@ -31,6 +31,8 @@ from tokenloom.scheduler.messages import (
     Inspection,
     ModelLost,
     ModelReady,
+    Ping,
+    Pulse,
     Stop,
     Submit,
     ToFront,
@@ -104,6 +106,8 @@ class CoreLoop:
         """Grows over the lives of cores, too: workers that outlive one join the next, and names of
         older epochs are still in their stores. No core has an epoch each millisecond."""
         self._watch = StepWatch(config.step_timeout_s)
+        self._stalled_since_s: float | None = None
+        """Since when there has been work and no step with it; None, as it should be: never."""
         self._budget = crashes.CrashBudget(
             max_crashes=config.max_crashes, window_s=config.crash_window_s
         )
@@ -154,6 +158,10 @@ class CoreLoop:
             self._watch.sent(
                 num_spans=len(plan.span_slots), num_tokens=int(plan.span_lengths.sum()), now=now
             )
+        if not self._state.spec or not self._state.requests or self._state.in_flight:
+            self._stalled_since_s = None
+        elif self._stalled_since_s is None:
+            self._stalled_since_s = self._clock()
         self._flush()
 
     def _flush(self) -> None:
@@ -292,10 +300,10 @@ class CoreLoop:
             self._reach(rank.identity, codec.encode(Shutdown()))
         _tell_supervisor("lost", group.pids)
         crashes.lose_group(self._state)
+        self._flush()  # what came before the loss, before the word of it
         for identity in list(self._front_ids.values()):
             self._send_to_front(identity, ModelLost(reason=reason))
         if self._budget.spend(self._clock()):
-            self._flush()
             raise TooManyCrashesError(
                 f"{self._budget.max_crashes + 1} groups of workers were lost within "
                 f"{self._budget.window_s:g} s, the last one because {reason}; "
@@ -395,6 +403,10 @@ class CoreLoop:
                     admission.stop(self._state, front, command)
                 case Inspect():
                     self._send_to_front(identity, self._inspection())
+                case Ping():
+                    since_s = self._stalled_since_s
+                    stalled_s = 0.0 if since_s is None else now - since_s
+                    self._send_to_front(identity, Pulse(stalled_s=stalled_s))
                 case _:
                     assert_never(command)
 

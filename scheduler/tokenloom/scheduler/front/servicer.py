@@ -30,7 +30,12 @@ from tokenloom.scheduler.front.errors import (
     fault_of,
 )
 from tokenloom.scheduler.front.link import CoreLink
-from tokenloom.scheduler.front.responses import admission_response, delta_response, finish_response
+from tokenloom.scheduler.front.responses import (
+    admission_response,
+    delta_response,
+    finish_response,
+    pause_response,
+)
 from tokenloom.scheduler.front.stops import StopScanner, stop_strings
 from tokenloom.scheduler.front.streams import BLOCKED_WRITE_S, End, Stream
 from tokenloom.scheduler.front.text import TextModel
@@ -229,6 +234,8 @@ class InferenceServicer:
                 if piece.token_ids or piece.text:
                     delta = delta_response(piece)
                     await stream.write(context.write(delta.SerializeToString()))
+                if piece.pauses:
+                    await stream.write(context.write(pause_response().SerializeToString()))
         finish = finish_response(
             end,
             num_prompt_tokens=call.num_prompt_tokens,
