@@ -384,6 +384,40 @@ def test_a_server_whose_workers_crash_too_often_ends_and_leaves_nothing(
     assert "at most 1 may be" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_streams_that_finish_after_sigterm_do_so_without_a_worker_too(
+    checkpoint: Path, rank: int
+) -> None:
+    options = ("--tensor-parallel=2", "--grace-s=200")
+    with Server.of_fakes(checkpoint, *options, worker=FAKE_OPTIONS) as server:
+        loom = Loom(server=server, num_ranks=2, cases=fake_cases(150))
+        loom.await_serving()
+        crowd = Crowd(loom)
+        with crowd.running():
+            crowd.until(lambda lengths: min(lengths) >= 5)
+            server.scheduler.send_signal(signal.SIGTERM)
+            time.sleep(0.05 * rank)
+            loom.worker(rank).kill()
+            assert not crowd.is_over
+        assert crowd.num_pauses > 0
+        assert server.scheduler.wait(60) == 0
+
+
+def test_a_rank_that_stands_still_before_the_others_come_is_started_again(
+    checkpoint: Path,
+) -> None:
+    options = ("--tensor-parallel=2", "--heartbeat-timeout-s=1")
+    with Server.of_fakes(checkpoint, *options, worker=FAKE_OPTIONS) as server:
+        loom = Loom(server=server, num_ranks=2, cases=[])
+        wait_until(lambda: len(server.workers()) == 2, START_TIMEOUT_S)
+        first, second = server.workers()
+        second.suspend()
+        wait_until(lambda: server.inspect().pids == (first.pid,), START_TIMEOUT_S)
+        first.suspend()
+        loom.await_group({first.pid, second.pid})
+        loom.await_serving()
+
+
 def test_a_core_that_stands_still_is_not_alive_until_it_goes_on(checkpoint: Path) -> None:
     options = ("--heartbeat-timeout-s=1",)
     with Server.of_fakes(checkpoint, *options, worker=FAKE_OPTIONS) as server:

@@ -67,6 +67,15 @@ async def test_a_core_that_falls_silent_is_not_alive_until_it_answers_again() ->
         await core.until(SERVING)
 
 
+async def test_a_core_that_never_answers_is_not_alive_once_it_has_a_model() -> None:
+    async with followed() as core:
+        core.pulse = None
+        core.health.set_model(is_there=True)
+        await core.until(SERVING)
+        await core.until(NOT_SERVING)
+        await core.until(SERVING, "service")
+
+
 async def test_a_core_that_answers_and_plans_no_step_is_not_alive() -> None:
     async with followed() as core:
         core.pulse = Pulse(stalled_s=0.2)

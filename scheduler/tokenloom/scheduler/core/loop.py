@@ -318,6 +318,8 @@ class CoreLoop:
         """
         group = self._group
         if not group.is_complete:
+            if group.ranks:  # who left may stand still, and keep the others waiting for ever
+                _tell_supervisor("lost", group.pids)
             group.ranks.clear()
             return False
         for index, rank in enumerate(group.ranks):

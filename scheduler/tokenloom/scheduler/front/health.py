@@ -35,13 +35,14 @@ class Health:
         self._has_model = False
         self._drains = False
         self._heard_s: float | None = None
-        """When the core answered last; None: it has yet to start."""
+        """When the core said something last; None: it has yet to start."""
         self._stalled_s = 0.0
         self._changed = asyncio.Event()
 
     def set_model(self, *, is_there: bool) -> None:
-        """The model can be asked from now on, or not any more."""
+        """The core said that the model can be asked from now on, or not any more."""
         self._has_model = is_there
+        self._heard_s = time.monotonic()
         self._changed.set()
 
     def feel(self, pulse: Pulse) -> None:
