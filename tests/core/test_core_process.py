@@ -14,7 +14,7 @@ import zmq
 
 from tests.core.processes import ENVIRONMENT, CoreProcess, submit
 from tokenloom.scheduler.config import SchedulerConfig
-from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop
+from tokenloom.scheduler.messages import Abort, FinishReason, Ping, RefusalReason, Stop
 from tokenloom.wire import codec
 from tokenloom.wire.messages import (
     PROTOCOL_VERSION,
@@ -118,6 +118,24 @@ def test_requests_go_on_with_the_next_worker_after_kill_9() -> None:
         inspection = front.inspect()
         assert inspection.epoch == epoch + 1
         assert inspection.violations == ()
+
+
+def test_a_core_has_a_pulse_whether_it_works_waits_or_has_nothing_to_do() -> None:
+    with CoreProcess() as core:
+        front = core.front()
+        front.send(Ping())
+        front.until(lambda: len(front.pulses) == 1)
+        worker = core.start_worker("--step-ms", "5")
+        front.until(lambda: front.ready is not None)
+        front.send(submit(1, PROMPTS[1], 3000, 1), Ping())
+        front.until(lambda: len(front.tokens.get(1, [])) > 3)
+        front.send(Ping())
+        front.until(lambda: len(front.pulses) == 3)
+        worker.kill()
+        front.until(lambda: front.num_lost == 1)
+        front.send(Ping())
+        front.until(lambda: len(front.pulses) == 4)
+        assert [pulse.stalled_s for pulse in front.pulses] == [0.0] * 4
 
 
 def test_fronts_hear_of_a_dead_worker_before_another_comes() -> None:

@@ -22,7 +22,7 @@ from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
-from tokenloom.scheduler.core.watch import StepWatch
+from tokenloom.scheduler.core.watch import StallWatch, StepWatch
 from tokenloom.scheduler.messages import (
     Abort,
     Attach,
@@ -106,8 +106,7 @@ class CoreLoop:
         """Grows over the lives of cores, too: workers that outlive one join the next, and names of
         older epochs are still in their stores. No core has an epoch each millisecond."""
         self._watch = StepWatch(config.step_timeout_s)
-        self._stalled_since_s: float | None = None
-        """Since when there has been work and no step with it; None, as it should be: never."""
+        self._stalls = StallWatch()
         self._budget = crashes.CrashBudget(
             max_crashes=config.max_crashes, window_s=config.crash_window_s
         )
@@ -158,10 +157,8 @@ class CoreLoop:
             self._watch.sent(
                 num_spans=len(plan.span_slots), num_tokens=int(plan.span_lengths.sum()), now=now
             )
-        if not self._state.spec or not self._state.requests or self._state.in_flight:
-            self._stalled_since_s = None
-        elif self._stalled_since_s is None:
-            self._stalled_since_s = self._clock()
+        has_work = self._state.spec is not None and bool(self._state.requests)
+        self._stalls.look(stalls=has_work and not self._state.in_flight, now=self._clock())
         self._flush()
 
     def _flush(self) -> None:
@@ -406,9 +403,7 @@ class CoreLoop:
                 case Inspect():
                     self._send_to_front(identity, self._inspection())
                 case Ping():
-                    since_s = self._stalled_since_s
-                    stalled_s = 0.0 if since_s is None else now - since_s
-                    self._send_to_front(identity, Pulse(stalled_s=stalled_s))
+                    self._send_to_front(identity, Pulse(stalled_s=self._stalls.stalled_s(now)))
                 case _:
                     assert_never(command)
 
