@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MEASUREMENTS = {"core": "core_step", "round-trip": "round_trip", "streams": "streams"}
+MEASUREMENTS = {
+    "core": "core_step",
+    "round-trip": "round_trip",
+    "streams": "streams",
+    "recovery": "recovery",
+}
 
 
 def main(argv: list[str]) -> int:

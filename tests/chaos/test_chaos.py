@@ -150,11 +150,12 @@ def test_garbage_on_the_worker_socket_harms_nobody(checkpoint: Path) -> None:
     with serving(checkpoint, 3) as server:
         stranger = server.context.socket(zmq.DEALER)
         stranger.connect(f"ipc://{server.run_dir}/worker.sock")
+        epoch = server.inspect().epoch
         stale = StepDone(
-            epoch=0, step_id=1, tokens=b"", logprobs=(), faulty_rows=b"", compute_s=0.0
+            epoch=epoch - 1, step_id=1, tokens=b"", logprobs=(), faulty_rows=b"", compute_s=0.0
         )
         ready = Ready(
-            epoch=1,
+            epoch=epoch,
             num_blocks=1,
             block_size=1,
             vocab_size=1,
@@ -176,7 +177,7 @@ def test_garbage_on_the_worker_socket_harms_nobody(checkpoint: Path) -> None:
         )
         inspection = server.wait_idle()
         assert inspection.num_dropped_frames == 20 * len(frames)
-        assert inspection.epoch == 1
+        assert inspection.epoch == epoch
         server.assert_unharmed()
 
 

@@ -16,6 +16,8 @@ from tokenloom.client import (
     Message,
     Model,
     Overloaded,
+    Pause,
+    PauseReason,
     ProtocolError,
     ServerError,
     TokenLogprob,
@@ -95,6 +97,35 @@ def test_everything_that_a_server_tells_can_be_said() -> None:
         assert (result.request_id, result.seed, result.stop_string) == ("mine", 3, "end")
         assert (result.usage, result.logprobs) == (usage, logprobs)
         assert client.model() == model
+
+
+RECOVERS = Answer(["Hel", Pause(reason=PauseReason.RECOVERING), "lo"])
+HEL = Delta(first_index=0, token_ids=(72, 101, 108), text="Hel")
+LO = Delta(first_index=3, token_ids=(108, 111), text="lo")
+
+
+def test_pauses_come_to_whoever_asks_for_events_and_to_nobody_else() -> None:
+    with Client(FakeServer(lambda _: RECOVERS)) as client:
+        stream = client.generate("Hi")
+        assert list(stream.events()) == [HEL, Pause(reason=PauseReason.RECOVERING), LO]
+        assert stream.text() == "Hello"
+        assert list(client.generate("Hi")) == [HEL, LO]
+        half = client.generate("Hi")
+        assert next(half) == HEL
+        assert list(half.events()) == [Pause(reason=PauseReason.RECOVERING), LO]
+
+
+async def test_pauses_come_to_async_callers_likewise() -> None:
+    async with AsyncClient(FakeServer(lambda _: RECOVERS)) as client:
+        events = [event async for event in client.generate("Hi").events()]
+        assert events == [HEL, Pause(reason=PauseReason.RECOVERING), LO]
+        assert [delta async for delta in client.generate("Hi")] == [HEL, LO]
+
+
+def test_pause_for_an_unknown_reason_is_one_all_the_same() -> None:
+    answer = Answer([Pause(reason=PauseReason.OTHER)])
+    with Client(FakeServer(lambda _: answer)) as client:
+        assert list(client.generate("Hi").events()) == [Pause(reason=PauseReason.OTHER)]
 
 
 def test_error_that_comes_first_is_a_refusal() -> None:

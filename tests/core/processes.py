@@ -27,6 +27,8 @@ from tokenloom.scheduler.messages import (
     ModelLost,
     ModelReady,
     Outputs,
+    Ping,
+    Pulse,
     Refused,
     Stop,
     Submit,
@@ -92,8 +94,9 @@ class FrontSocket:
         self.finished: dict[int, Finished] = {}
         self.refused: dict[int, Refused] = {}
         self.inspections: list[Inspection] = []
+        self.pulses: list[Pulse] = []
 
-    def send(self, *commands: Submit | Abort | Stop | Inspect) -> None:
+    def send(self, *commands: Submit | Abort | Stop | Inspect | Ping) -> None:
         self.socket.send(encode(Commands(commands=commands)))
 
     def until(self, condition: Callable[[], bool]) -> None:
@@ -112,6 +115,8 @@ class FrontSocket:
             case ModelLost():
                 self.num_lost += 1
                 self.ready = None
+            case Pulse():
+                self.pulses.append(message)
             case Inspection():
                 self.inspections.append(message)
             case Outputs():

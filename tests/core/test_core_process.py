@@ -14,7 +14,7 @@ import zmq
 
 from tests.core.processes import ENVIRONMENT, CoreProcess, submit
 from tokenloom.scheduler.config import SchedulerConfig
-from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop
+from tokenloom.scheduler.messages import Abort, FinishReason, Ping, RefusalReason, Stop
 from tokenloom.wire import codec
 from tokenloom.wire.messages import (
     PROTOCOL_VERSION,
@@ -107,6 +107,7 @@ def test_requests_go_on_with_the_next_worker_after_kill_9() -> None:
     with CoreProcess() as core:
         worker = core.start_worker("--step-ms", "5")
         front = core.ready_front()
+        epoch = front.inspect().epoch
         front.send(*(submit(s, PROMPTS[s], 100, s) for s in range(12)))
         front.until(lambda: len(front.tokens.get(11, [])) > 10)
         worker.send_signal(signal.SIGKILL)
@@ -115,8 +116,26 @@ def test_requests_go_on_with_the_next_worker_after_kill_9() -> None:
         front.until(lambda: len(front.finished) == 12)
         assert front.tokens == {s: expected(s, 100) for s in range(12)}
         inspection = front.inspect()
-        assert inspection.epoch > 1
+        assert inspection.epoch == epoch + 1
         assert inspection.violations == ()
+
+
+def test_a_core_has_a_pulse_whether_it_works_waits_or_has_nothing_to_do() -> None:
+    with CoreProcess() as core:
+        front = core.front()
+        front.send(Ping())
+        front.until(lambda: len(front.pulses) == 1)
+        worker = core.start_worker("--step-ms", "5")
+        front.until(lambda: front.ready is not None)
+        front.send(submit(1, PROMPTS[1], 3000, 1), Ping())
+        front.until(lambda: len(front.tokens.get(1, [])) > 3)
+        front.send(Ping())
+        front.until(lambda: len(front.pulses) == 3)
+        worker.kill()
+        front.until(lambda: front.num_lost == 1)
+        front.send(Ping())
+        front.until(lambda: len(front.pulses) == 4)
+        assert [pulse.stalled_s for pulse in front.pulses] == [0.0] * 4
 
 
 def test_fronts_hear_of_a_dead_worker_before_another_comes() -> None:
@@ -138,6 +157,7 @@ def test_a_group_that_loses_a_rank_is_told_to_leave_and_the_next_goes_on(victim:
         ranks = [core.start_worker("--step-ms", "5") for _ in range(2)]
         front = core.ready_front()
         assert core.until_told("serving") == {rank.pid for rank in ranks}
+        epoch = front.inspect().epoch
         front.send(*(submit(s, PROMPTS[s], 100, s) for s in range(12)))
         front.until(lambda: len(front.tokens.get(11, [])) > 10)
         ranks[victim].kill()
@@ -148,7 +168,7 @@ def test_a_group_that_loses_a_rank_is_told_to_leave_and_the_next_goes_on(victim:
         front.until(lambda: len(front.finished) == 12)
         assert front.tokens == {s: expected(s, 100) for s in range(12)}
         inspection = front.inspect()
-        assert inspection.epoch == 2
+        assert inspection.epoch == epoch + 1
         assert inspection.violations == ()
         assert inspection.num_free_blocks == inspection.num_blocks
 
@@ -248,12 +268,13 @@ def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
     with CoreProcess() as core:
         core.start_worker("--step-ms", "5")
         front = core.ready_front()
+        epoch = front.inspect().epoch
         front.send(submit(5, PROMPTS[5], 100, 5))
         front.until(lambda: len(front.tokens.get(5, [])) > 3)
         stranger = core.context.socket(zmq.DEALER)
         stranger.connect(core.config.worker_endpoint)
         done = StepDone(
-            epoch=1,
+            epoch=epoch,
             step_id=20,
             tokens=b"\x07\0\0\0",
             logprobs=(),
@@ -267,7 +288,7 @@ def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
             b"\x9f" * 10_000,
             codec.encode(done)[:-5],
             codec.encode(done),
-            codec.encode(Progress(epoch=1, phase="loading", fraction=0.5)),
+            codec.encode(Progress(epoch=epoch, phase="loading", fraction=0.5)),
             codec.encode(Hello(protocol_version=99, pid=1, device="cpu", address="")),
             codec.encode(Hello(protocol_version=PROTOCOL_VERSION, pid=1, device="cpu", address="")),
         ]
@@ -278,7 +299,7 @@ def test_strangers_and_garbage_on_the_worker_socket_are_dropped() -> None:
         assert front.tokens[5] == expected(5, 100)
         inspection = front.until_dropped(len(frames) + 1)
         assert inspection.num_dropped_frames == len(frames) + 1
-        assert inspection.epoch == 1
+        assert inspection.epoch == epoch
         assert inspection.violations == ()
 
 

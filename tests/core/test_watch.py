@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tokenloom.scheduler.core.watch import FACTOR, FIRST_FACTOR, StepWatch
+from tokenloom.scheduler.core.watch import FACTOR, FIRST_FACTOR, StallWatch, StepWatch
 
 FLOOR_S = 5.0
 
@@ -68,3 +68,15 @@ def test_who_was_stopped_itself_waits_again() -> None:
     assert not watch.is_overdue(FLOOR_S + 60.0)
     assert not watch.is_overdue(FLOOR_S + 60.1)
     assert watch.is_overdue(FLOOR_S + 60.0 + FLOOR_S)
+
+
+def test_a_stall_counts_from_its_first_turn_and_is_over_with_a_step() -> None:
+    stalls = StallWatch()
+    assert stalls.stalled_s(5.0) == 0
+    stalls.look(stalls=True, now=10.0)
+    stalls.look(stalls=True, now=12.0)
+    assert stalls.stalled_s(13.0) == 3
+    stalls.look(stalls=False, now=14.0)
+    assert stalls.stalled_s(20.0) == 0
+    stalls.look(stalls=True, now=30.0)
+    assert stalls.stalled_s(30.0) == 0

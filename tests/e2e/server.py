@@ -34,7 +34,8 @@ class Server:
         self.context = zmq.Context()
         here = ("--listen=127.0.0.1:0", f"--run-dir={self.run_dir}")
         command, *rest = arguments
-        self.scheduler = self.start(module, command, *here, *rest)
+        self._command = (module, command, *here, *rest)
+        self.scheduler = self.start(*self._command)
 
     @classmethod
     def of_model(cls, model: Path, *options: str) -> Self:
@@ -59,6 +60,13 @@ class Server:
         process = subprocess.Popen([sys.executable, "-m", module, *args], env=environment)
         self.processes.append(process)
         return process
+
+    def restart_scheduler(self) -> None:
+        """Kills what was started first, and starts it again in the same folder."""
+        self.scheduler.kill()
+        self.scheduler.wait()
+        (self.run_dir / "address").unlink()
+        self.scheduler = self.start(*self._command)
 
     def start_fake_worker(self, *options: str) -> subprocess.Popen[bytes]:
         endpoint = f"ipc://{self.run_dir}/worker.sock"
@@ -103,10 +111,14 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         """Returns the workers that the server started and that live."""
+        return self.children("tokenloom.worker")
+
+    def children(self, module: str) -> list[psutil.Process]:
+        """Returns the processes that the server started, that live, and that run a module."""
         found = []
         for child in psutil.Process(self.scheduler.pid).children():
             with suppress(psutil.NoSuchProcess):
-                if any(part.startswith("tokenloom.worker") for part in child.cmdline()):
+                if any(part.startswith(module) for part in child.cmdline()):
                     found.append(child)
         return sorted(found, key=lambda child: child.pid)
 

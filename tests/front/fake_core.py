@@ -22,6 +22,8 @@ from tokenloom.scheduler.messages import (
     ModelLost,
     ModelReady,
     Outputs,
+    Ping,
+    Pulse,
     Refused,
     Stop,
     Submit,
@@ -66,6 +68,8 @@ class FakeCore:
         """Whether a stop token ends a request, as in the real core."""
         self.fault_after: int | None = None
         self.step_s = 0.001
+        self.pulse: Pulse | None = Pulse(stalled_s=0.0)
+        """None: it does not answer a Ping."""
         self.submits: list[Submit] = []
         self.aborts: list[int] = []
         self.stops: list[Stop] = []
@@ -147,6 +151,9 @@ class FakeCore:
                     self.stops.append(command)
                     if (run := self._runs.get(command.stream)) is not None:
                         run.stop_at = command.num_tokens
+                case Ping():
+                    if self.pulse is not None:
+                        await self._tell(self.pulse)
                 case Inspect():
                     pass
         if refused or finished:

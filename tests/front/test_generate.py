@@ -154,6 +154,37 @@ async def test_deltas_coalesce_while_a_write_is_pending(front: Front) -> None:
     assert num_deltas < 32 * 200
 
 
+async def test_a_running_stream_hears_that_the_model_is_loaded_again(front: Front) -> None:
+    front.core.pause_after = 3
+    completion = Completion()
+    pauses = []
+    async for response in front.stub.Generate(front.request("The fox", max_tokens=20)):
+        completion.take(response)
+        if response.WhichOneof("event") == "pause":
+            assert len(completion.token_ids) == 3
+            pauses.append(response.pause.reason)
+            await front.core.load_model()
+            front.core.pause_after = None
+        elif len(completion.token_ids) == 3:
+            await front.core.lose_model()
+    assert pauses == [pb.PAUSE_REASON_RECOVERING]
+    assert len(completion.token_ids) == 20
+    assert completion.finish is not None
+
+
+async def test_a_request_in_the_queue_hears_nothing_of_a_lost_model(front: Front) -> None:
+    front.core.is_admitting = False
+    call = front.stub.Generate(front.request(max_tokens=2))
+    await until(lambda: len(front.core.submits) == 1)
+    await front.core.lose_model()
+    while await front.is_serving():
+        await asyncio.sleep(0.01)
+    front.core.is_admitting = True
+    events = [response.WhichOneof("event") async for response in call]
+    assert events[0] == "admission"
+    assert "pause" not in events
+
+
 async def test_metadata_is_withheld_until_admission(front: Front) -> None:
     front.core.is_admitting = False
     call = front.stub.Generate(front.request(max_tokens=2))

@@ -113,6 +113,29 @@ async def test_all_that_gathered_during_a_write_goes_out_with_the_next() -> None
     assert piece.end is None
 
 
+async def test_a_pause_follows_what_came_before_it_and_is_told_once() -> None:
+    stream = make()
+    stream.admit(0)
+    feed(stream, [1, 2])
+    stream.pause()
+    piece = await take(stream)
+    assert (piece.token_ids, piece.pauses) == ([1, 2], True)
+    feed(stream, [3])
+    assert not (await take(stream)).pauses
+
+
+async def test_a_pause_that_is_over_before_the_client_reads_is_not_told() -> None:
+    stream = make()
+    stream.admit(0)
+    feed(stream, [1])
+    stream.pause()
+    feed(stream, [2])
+    assert not (await take(stream)).pauses
+    stream.pause()
+    stream.finish(finished(2))
+    assert not (await take(stream)).pauses
+
+
 @pytest.mark.parametrize("stops", [(), ("stop",)])
 async def test_text_of_the_stop_token_is_not_delivered_but_its_id(stops: tuple[str, ...]) -> None:
     stream = make(*stops)

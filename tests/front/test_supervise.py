@@ -65,6 +65,8 @@ def make(name, kind, stop_s=60.0):
     )
 if kind == "together":
     stages = [[make("first", "telling")], [make("second", kind), make("third", kind)]]
+elif kind == "draining":
+    stages = [[make("first", "graceful")], [make("second", "telling")], [make("third", "together")]]
 else:
     first = make("first", kind, 0.3 if kind == "deaf" else 60.0)
     stages = [[first], [make("second", "plain")], [make("third", "plain")]]
@@ -155,6 +157,40 @@ def test_a_child_is_waited_for_before_the_next_is_told(supervised: Supervised) -
     (supervised.folder / "go").touch()
     assert supervised.ended() == (0, "")
     assert supervised.log.index("first end") < supervised.log.index("second term")
+
+
+@pytest.mark.parametrize("kind", ["draining"])
+def test_who_dies_or_hangs_in_the_grace_period_of_others_is_started_again(
+    supervised: Supervised,
+) -> None:
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.until("first term")
+    supervised.log_file.unlink()
+    supervised.children[2].kill()
+    supervised.until_started_again("third")
+    supervised.log_file.unlink()
+    supervised.children[2].suspend()
+    supervised.say("lost", "third")
+    supervised.until_started_again("third")
+    (supervised.folder / "go").touch()
+    assert supervised.ended()[0] == 0
+    assert supervised.log[-5:] == [
+        "first end",
+        *(f"{name} {word}" for name in ("second", "third") for word in ("term", "end")),
+    ]
+    assert supervised.no_child_is_left()
+
+
+@pytest.mark.parametrize("kind", ["draining"])
+def test_a_death_that_ends_everything_ends_a_grace_period(supervised: Supervised) -> None:
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.until("first term")
+    (supervised.folder / "second.die").touch()
+    code, errors = supervised.ended()
+    assert code == 1
+    assert "exited with code 3; ending everything" in errors
+    assert "first int" in supervised.log
+    assert supervised.no_child_is_left()
 
 
 @pytest.mark.parametrize("kind", ["graceful"])

@@ -11,7 +11,7 @@ async with AsyncClient("localhost:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -29,7 +29,7 @@ from tokenloom.client.requests import (
     encode_chat,
     text_request,
 )
-from tokenloom.client.results import Admission, Delta, Model, Result, read_model
+from tokenloom.client.results import Admission, Delta, Model, Pause, Result, read_model
 from tokenloom.client.resuming import DEFAULT_RESUME, AsyncResumingStream, Resume
 from tokenloom.client.transport import AsyncResponseStream, AsyncTransport
 from tokenloom.v1 import inference_pb2 as pb
@@ -145,10 +145,17 @@ class AsyncStream:
 
     async def __anext__(self) -> Delta:
         while self._result is None:
-            delta = await self._advance()
-            if delta is not None:
-                return delta
+            event = await self._advance()
+            if isinstance(event, Delta):
+                return event
         raise StopAsyncIteration
+
+    async def events(self) -> AsyncIterator[Delta | Pause]:
+        """Iterates as the stream itself does, over the server's pauses, too."""
+        while self._result is None:
+            event = await self._advance()
+            if event is not None:
+                yield event
 
     async def admission(self) -> Admission:
         """Waits until the server has admitted the request; takes nothing from the iteration."""
@@ -186,7 +193,7 @@ class AsyncStream:
     ) -> None:
         self.cancel()
 
-    async def _advance(self) -> Delta | None:
+    async def _advance(self) -> Delta | Pause | None:
         if self._error is not None:
             raise self._error
         try:

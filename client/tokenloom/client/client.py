@@ -11,7 +11,7 @@ with Client("localhost:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -28,7 +28,7 @@ from tokenloom.client.requests import (
     encode_chat,
     text_request,
 )
-from tokenloom.client.results import Admission, Delta, Model, Result, read_model
+from tokenloom.client.results import Admission, Delta, Model, Pause, Result, read_model
 from tokenloom.client.resuming import DEFAULT_RESUME, Resume, ResumingStream
 from tokenloom.client.transport import ResponseStream, Transport
 from tokenloom.v1 import inference_pb2 as pb
@@ -147,10 +147,17 @@ class Stream:
 
     def __next__(self) -> Delta:
         while self._result is None:
-            delta = self._advance()
-            if delta is not None:
-                return delta
+            event = self._advance()
+            if isinstance(event, Delta):
+                return event
         raise StopIteration
+
+    def events(self) -> Iterator[Delta | Pause]:
+        """Iterates as the stream itself does, over the server's pauses, too."""
+        while self._result is None:
+            event = self._advance()
+            if event is not None:
+                yield event
 
     def admission(self) -> Admission:
         """Waits until the server has admitted the request; takes nothing from the iteration."""
@@ -188,7 +195,7 @@ class Stream:
     ) -> None:
         self.cancel()
 
-    def _advance(self) -> Delta | None:
+    def _advance(self) -> Delta | Pause | None:
         if self._error is not None:
             raise self._error
         try:

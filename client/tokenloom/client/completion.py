@@ -13,10 +13,12 @@ from tokenloom.client.results import (
     Admission,
     Delta,
     FinishReason,
+    Pause,
     Result,
     TokenLogprob,
     read_admission,
     read_delta,
+    read_pause,
     read_usage,
 )
 from tokenloom.v1 import inference_pb2 as pb
@@ -37,8 +39,8 @@ class Completion:
         """The text so far."""
         return "".join(self._text)
 
-    def feed(self, message: pb.GenerateResponse) -> Delta | None:
-        """Takes the next message and returns its delta, if it is one. Raises ProtocolError."""
+    def feed(self, message: pb.GenerateResponse) -> Delta | Pause | None:
+        """Takes the next message; returns it if callers may see it. Raises ProtocolError."""
         if self._finish is not None:
             raise ProtocolError("a message came after the finish message")
         match message.WhichOneof("event"):
@@ -46,6 +48,8 @@ class Completion:
                 self._admit(message.admission)
             case "delta":
                 return self._append(message.delta)
+            case "pause":
+                return read_pause(message.pause)
             case "finish":
                 self._require_admission("the finish message")
                 self._finish = message.finish

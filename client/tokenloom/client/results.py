@@ -54,6 +54,22 @@ class Delta:
     """One for each of `token_ids` if they were asked for, else empty."""
 
 
+class PauseReason(StrEnum):
+    """Why no token comes for a while."""
+
+    RECOVERING = "recovering"
+    """The server lost a worker, and loads the model again."""
+    OTHER = "other"
+    """A reason that this version of the client does not know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """No token comes for a while; the stream goes on by itself, at the next index."""
+
+    reason: PauseReason
+
+
 class FinishReason(StrEnum):
     """Why a completion ended."""
 
@@ -125,6 +141,9 @@ FINISH_REASONS = {
 }
 
 
+PAUSE_REASONS = {pb.PAUSE_REASON_RECOVERING: PauseReason.RECOVERING}
+
+
 def read_admission(message: pb.Admission) -> Admission:
     """Returns the dataclass of a message."""
     return Admission(
@@ -153,6 +172,11 @@ def read_delta(message: pb.Delta) -> Delta:
             for entry in message.logprobs
         ),
     )
+
+
+def read_pause(message: pb.Pause) -> Pause:
+    """Returns the dataclass of a message."""
+    return Pause(reason=PAUSE_REASONS.get(message.reason, PauseReason.OTHER))
 
 
 def read_usage(message: pb.Usage) -> Usage:

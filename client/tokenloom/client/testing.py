@@ -32,15 +32,18 @@ from tokenloom.client.errors import (
 )
 from tokenloom.client.results import (
     FINISH_REASONS,
+    PAUSE_REASONS,
     Admission,
     Delta,
     FinishReason,
     Model,
+    Pause,
     Usage,
 )
 from tokenloom.v1 import inference_pb2 as pb
 
 _REASON_NUMBERS = {reason: number for number, reason in FINISH_REASONS.items()}
+_PAUSE_NUMBERS = {reason: number for number, reason in PAUSE_REASONS.items()}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Wait:
     seconds: float
 
 
-Event: TypeAlias = str | Delta | Admission | Wait | TokenloomError
+Event: TypeAlias = str | Delta | Pause | Admission | Wait | TokenloomError
 """A text becomes the next delta; a Delta is sent as it stands, even where it leaves a gap;
 an error ends the stream."""
 
@@ -59,8 +62,8 @@ an error ends the stream."""
 class Answer:
     """What the server sends for one request, in order.
 
-    Unless `events` holds an Admission, one goes before the first delta or the end. So an error
-    that comes first is a refusal, as a full server gives it.
+    Unless `events` holds an Admission, one goes before the first delta, pause or the end. So an
+    error that comes first is a refusal, as a full server gives it.
 
     A stream that breaks is resumed only if its Admission has a fingerprint, so a test that is not
     about it need not think of it. A text in the answer to a request with `resume_from` goes on
@@ -270,7 +273,7 @@ def _play(call: FakeCall, answer: Answer, request_id: str) -> _Script:
     num_tokens = len(call.request.resume_from.token_ids)
     try:
         for event in answer.events:
-            if not admitted and isinstance(event, str | Delta):
+            if not admitted and isinstance(event, str | Delta | Pause):
                 yield pb.GenerateResponse(admission=_encode_admission(admission))
                 admitted = True
             match event:
@@ -285,6 +288,9 @@ def _play(call: FakeCall, answer: Answer, request_id: str) -> _Script:
                     admission = event
                     admitted = True
                     yield pb.GenerateResponse(admission=_encode_admission(event))
+                case Pause():
+                    number = _PAUSE_NUMBERS.get(event.reason, pb.PAUSE_REASON_UNSPECIFIED)
+                    yield pb.GenerateResponse(pause=pb.Pause(reason=number))
                 case str() | Delta():
                     delta = _text_delta(num_tokens, event) if isinstance(event, str) else event
                     num_tokens += len(delta.token_ids)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctokenloom/v1/inference.proto\x12\x0ctokenloom.v1\"\xa2\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.tokenloom.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.tokenloom.v1.ChatH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.tokenloom.v1.Sampling\x12(\n\x08stopping\x18\x05 \x01(\x0b\x32\x16.tokenloom.v1.Stopping\x12$\n\x06output\x18\x06 \x01(\x0b\x32\x14.tokenloom.v1.Output\x12-\n\x0bresume_from\x18\x07 \x01(\x0b\x32\x18.tokenloom.v1.ResumeFromB\x08\n\x06prompt\"L\n\nResumeFrom\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x16\n\x0enum_text_bytes\x18\x03 \x01(\x04\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.tokenloom.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb9\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x08 \x03(\x0b\x32%.tokenloom.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xb0\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eos\"v\n\x06Output\x12\x1d\n\x10num_top_logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x13\n\x11_num_top_logprobsB\x16\n\x14_skip_special_tokens\"\x97\x01\n\x10GenerateResponse\x12,\n\tadmission\x18\x01 \x01(\x0b\x32\x17.tokenloom.v1.AdmissionH\x00\x12$\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.tokenloom.v1.DeltaH\x00\x12&\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x14.tokenloom.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\x8c\x01\n\tAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"k\n\x05\x44\x65lta\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.tokenloom.v1.TokenLogprob\"F\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.tokenloom.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xb0\x01\n\x06\x46inish\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.tokenloom.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.tokenloom.v1.Usage\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0bstop_string\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x0e\n\x0c_stop_string\"\xc8\x01\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x03 \x01(\r\x12\x14\n\x07queue_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tprefill_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08\x64\x65\x63ode_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\n\n\x08_queue_sB\x0c\n\n_prefill_sB\x0b\n\t_decode_s\"O\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x12.tokenloom.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xc3\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x16\n\x0eserver_version\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t*\xa1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x32\xbf\x02\n\tInference\x12K\n\x08Generate\x12\x1d.tokenloom.v1.GenerateRequest\x1a\x1e.tokenloom.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.tokenloom.v1.TokenizeRequest\x1a\x1e.tokenloom.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.tokenloom.v1.DetokenizeRequest\x1a .tokenloom.v1.DetokenizeResponse\x12I\n\x08GetModel\x12\x1d.tokenloom.v1.GetModelRequest\x1a\x1e.tokenloom.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctokenloom/v1/inference.proto\x12\x0ctokenloom.v1\"\xa2\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.tokenloom.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.tokenloom.v1.ChatH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.tokenloom.v1.Sampling\x12(\n\x08stopping\x18\x05 \x01(\x0b\x32\x16.tokenloom.v1.Stopping\x12$\n\x06output\x18\x06 \x01(\x0b\x32\x14.tokenloom.v1.Output\x12-\n\x0bresume_from\x18\x07 \x01(\x0b\x32\x18.tokenloom.v1.ResumeFromB\x08\n\x06prompt\"L\n\nResumeFrom\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x16\n\x0enum_text_bytes\x18\x03 \x01(\x04\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.tokenloom.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb9\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x08 \x03(\x0b\x32%.tokenloom.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xb0\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eos\"v\n\x06Output\x12\x1d\n\x10num_top_logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x13\n\x11_num_top_logprobsB\x16\n\x14_skip_special_tokens\"\xbd\x01\n\x10GenerateResponse\x12,\n\tadmission\x18\x01 \x01(\x0b\x32\x17.tokenloom.v1.AdmissionH\x00\x12$\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.tokenloom.v1.DeltaH\x00\x12&\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x14.tokenloom.v1.FinishH\x00\x12$\n\x05pause\x18\x04 \x01(\x0b\x32\x13.tokenloom.v1.PauseH\x00\x42\x07\n\x05\x65vent\"\x8c\x01\n\tAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"k\n\x05\x44\x65lta\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.tokenloom.v1.TokenLogprob\"F\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.tokenloom.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"2\n\x05Pause\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.tokenloom.v1.PauseReason\"\xb0\x01\n\x06\x46inish\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.tokenloom.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.tokenloom.v1.Usage\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0bstop_string\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x0e\n\x0c_stop_string\"\xc8\x01\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x03 \x01(\r\x12\x14\n\x07queue_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tprefill_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08\x64\x65\x63ode_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\n\n\x08_queue_sB\x0c\n\n_prefill_sB\x0b\n\t_decode_s\"O\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x12.tokenloom.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xc3\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x16\n\x0eserver_version\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t*H\n\x0bPauseReason\x12\x1c\n\x18PAUSE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17PAUSE_REASON_RECOVERING\x10\x01*\xa1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x32\xbf\x02\n\tInference\x12K\n\x08Generate\x12\x1d.tokenloom.v1.GenerateRequest\x1a\x1e.tokenloom.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.tokenloom.v1.TokenizeRequest\x1a\x1e.tokenloom.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.tokenloom.v1.DetokenizeRequest\x1a .tokenloom.v1.DetokenizeResponse\x12I\n\x08GetModel\x12\x1d.tokenloom.v1.GetModelRequest\x1a\x1e.tokenloom.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2665
-  _globals['_FINISHREASON']._serialized_end=2826
+  _globals['_PAUSEREASON']._serialized_start=2754
+  _globals['_PAUSEREASON']._serialized_end=2826
+  _globals['_FINISHREASON']._serialized_start=2829
+  _globals['_FINISHREASON']._serialized_end=2990
   _globals['_GENERATEREQUEST']._serialized_start=47
   _globals['_GENERATEREQUEST']._serialized_end=337
   _globals['_RESUMEFROM']._serialized_start=339
@@ -54,31 +56,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTPUT']._serialized_start=1164
   _globals['_OUTPUT']._serialized_end=1282
   _globals['_GENERATERESPONSE']._serialized_start=1285
-  _globals['_GENERATERESPONSE']._serialized_end=1436
-  _globals['_ADMISSION']._serialized_start=1439
-  _globals['_ADMISSION']._serialized_end=1579
-  _globals['_DELTA']._serialized_start=1581
-  _globals['_DELTA']._serialized_end=1688
-  _globals['_TOKENLOGPROB']._serialized_start=1690
-  _globals['_TOKENLOGPROB']._serialized_end=1760
-  _globals['_TOPLOGPROB']._serialized_start=1762
-  _globals['_TOPLOGPROB']._serialized_end=1809
-  _globals['_FINISH']._serialized_start=1812
-  _globals['_FINISH']._serialized_end=1988
-  _globals['_USAGE']._serialized_start=1991
-  _globals['_USAGE']._serialized_end=2191
-  _globals['_TOKENIZEREQUEST']._serialized_start=2193
-  _globals['_TOKENIZEREQUEST']._serialized_end=2272
-  _globals['_TOKENIZERESPONSE']._serialized_start=2274
-  _globals['_TOKENIZERESPONSE']._serialized_end=2311
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2313
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2409
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2411
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2445
-  _globals['_GETMODELREQUEST']._serialized_start=2447
-  _globals['_GETMODELREQUEST']._serialized_end=2464
-  _globals['_GETMODELRESPONSE']._serialized_start=2467
-  _globals['_GETMODELRESPONSE']._serialized_end=2662
-  _globals['_INFERENCE']._serialized_start=2829
-  _globals['_INFERENCE']._serialized_end=3148
+  _globals['_GENERATERESPONSE']._serialized_end=1474
+  _globals['_ADMISSION']._serialized_start=1477
+  _globals['_ADMISSION']._serialized_end=1617
+  _globals['_DELTA']._serialized_start=1619
+  _globals['_DELTA']._serialized_end=1726
+  _globals['_TOKENLOGPROB']._serialized_start=1728
+  _globals['_TOKENLOGPROB']._serialized_end=1798
+  _globals['_TOPLOGPROB']._serialized_start=1800
+  _globals['_TOPLOGPROB']._serialized_end=1847
+  _globals['_PAUSE']._serialized_start=1849
+  _globals['_PAUSE']._serialized_end=1899
+  _globals['_FINISH']._serialized_start=1902
+  _globals['_FINISH']._serialized_end=2078
+  _globals['_USAGE']._serialized_start=2081
+  _globals['_USAGE']._serialized_end=2281
+  _globals['_TOKENIZEREQUEST']._serialized_start=2283
+  _globals['_TOKENIZEREQUEST']._serialized_end=2362
+  _globals['_TOKENIZERESPONSE']._serialized_start=2364
+  _globals['_TOKENIZERESPONSE']._serialized_end=2401
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2403
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2499
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2501
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2535
+  _globals['_GETMODELREQUEST']._serialized_start=2537
+  _globals['_GETMODELREQUEST']._serialized_end=2554
+  _globals['_GETMODELRESPONSE']._serialized_start=2557
+  _globals['_GETMODELRESPONSE']._serialized_end=2752
+  _globals['_INFERENCE']._serialized_start=2993
+  _globals['_INFERENCE']._serialized_end=3312
 # @@protoc_insertion_point(module_scope)

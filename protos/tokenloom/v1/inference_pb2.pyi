@@ -19,6 +19,23 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PauseReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PauseReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PauseReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAUSE_REASON_UNSPECIFIED: _PauseReason.ValueType  # 0
+    PAUSE_REASON_RECOVERING: _PauseReason.ValueType  # 1
+    """A worker was lost; the model is loaded again and the completion computed anew up to here."""
+
+class PauseReason(_PauseReason, metaclass=_PauseReasonEnumTypeWrapper): ...
+
+PAUSE_REASON_UNSPECIFIED: PauseReason.ValueType  # 0
+PAUSE_REASON_RECOVERING: PauseReason.ValueType  # 1
+"""A worker was lost; the model is loaded again and the completion computed anew up to here."""
+Global___PauseReason: _TypeAlias = PauseReason  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -416,24 +433,28 @@ class GenerateResponse(_message.Message):
     ADMISSION_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admission(self) -> Global___Admission: ...
     @_builtins.property
     def delta(self) -> Global___Delta: ...
     @_builtins.property
     def finish(self) -> Global___Finish: ...
+    @_builtins.property
+    def pause(self) -> Global___Pause: ...
     def __init__(
         self,
         *,
         admission: Global___Admission | None = ...,
         delta: Global___Delta | None = ...,
         finish: Global___Finish | None = ...,
+        pause: Global___Pause | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "delta", b"delta", "event", b"event", "finish", b"finish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "delta", b"delta", "event", b"event", "finish", b"finish", "pause", b"pause"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "delta", b"delta", "event", b"event", "finish", b"finish"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "delta", b"delta", "event", b"event", "finish", b"finish", "pause", b"pause"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["admission", "delta", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["admission", "delta", "finish", "pause"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -564,6 +585,29 @@ class TopLogprob(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
+
+@_typing.final
+class Pause(_message.Message):
+    """No token comes for a while. The stream goes on by itself, at the next index;
+    a client that does not care passes this over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: Global___PauseReason.ValueType
+    def __init__(
+        self,
+        *,
+        reason: Global___PauseReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pause: _TypeAlias = Pause  # noqa: Y015
 
 @_typing.final
 class Finish(_message.Message):

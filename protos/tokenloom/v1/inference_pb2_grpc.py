@@ -69,7 +69,7 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Completes a prompt. The stream is: one Admission, then any number of
-        Deltas, then one Finish; or it ends early with a status.
+        Deltas and Pauses, then one Finish; or it ends early with a status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

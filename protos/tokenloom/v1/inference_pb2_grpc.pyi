@@ -39,7 +39,7 @@ class InferenceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Completes a prompt. The stream is: one Admission, then any number of
-    Deltas, then one Finish; or it ends early with a status.
+    Deltas and Pauses, then one Finish; or it ends early with a status.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text or chat messages into the token ids that Generate would use."""
@@ -59,7 +59,7 @@ class InferenceAsyncStub(InferenceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Completes a prompt. The stream is: one Admission, then any number of
-    Deltas, then one Finish; or it ends early with a status.
+    Deltas and Pauses, then one Finish; or it ends early with a status.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or chat messages into the token ids that Generate would use."""
@@ -82,7 +82,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Completes a prompt. The stream is: one Admission, then any number of
-        Deltas, then one Finish; or it ends early with a status.
+        Deltas and Pauses, then one Finish; or it ends early with a status.
         """
 
     @_abc_1.abstractmethod

@@ -75,7 +75,11 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
         float,
         "seconds after which a step counts as hung, unless such steps took long before",
     ),
-    ("heartbeat_timeout_s", float, "seconds without an answer after which a worker is lost"),
+    (
+        "heartbeat_timeout_s",
+        float,
+        "seconds without an answer after which a worker is lost and a core not alive",
+    ),
     ("max_crashes", int, "losses of workers that are made good; one more ends the server"),
     ("crash_window_s", float, "seconds within which they count"),
 )

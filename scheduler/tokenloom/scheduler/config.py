@@ -88,7 +88,7 @@ class SchedulerConfig:
     step_timeout_s: float = 20.0
     """A step counts as hung after this, or after a multiple of what such steps took lately."""
     heartbeat_timeout_s: float = 10.0
-    """A worker that has not answered for so long counts as lost."""
+    """A worker that has not answered for so long counts as lost, a core as not alive."""
     max_crashes: int = 3
     """Losses of workers within `crash_window_s`; one more ends the server."""
     crash_window_s: float = 600.0

@@ -6,6 +6,8 @@
       │ ── Commands[Submit, Abort …] ───▶ │   all that came up since the last one
       │ ◀──────────────────── Outputs ─── │   all that a step brought this front
       │ ◀────────────────── ModelLost ─── │   no worker; requests wait for the next
+      │ ── Commands[Ping] ──────────────▶ │   now and then
+      │ ◀────────────────────── Pulse ─── │
 
 A front names its streams by integers of its own choice, unique in its life.
 For every Submit the core answers with exactly one of: Refused; or Admitted,
@@ -105,10 +107,14 @@ class Inspect(_Message, frozen=True):
     """Asks for an Inspection (tests and operators)."""
 
 
+class Ping(_Message, frozen=True):
+    """Asks for a Pulse."""
+
+
 class Commands(_Message, frozen=True):
     """All that came up in a front since its last message."""
 
-    commands: tuple[Submit | Abort | Stop | Inspect, ...]
+    commands: tuple[Submit | Abort | Stop | Inspect | Ping, ...]
 
 
 class ModelReady(_Message, frozen=True):
@@ -182,10 +188,19 @@ class Outputs(_Message, frozen=True):
     finished: tuple[Finished, ...]
 
 
+class Pulse(_Message, frozen=True):
+    """The core lives."""
+
+    stalled_s: float
+    """For how long there have been requests and a model, and no step under way; 0 is right."""
+
+
 class Inspection(_Message, frozen=True):
     """The core's state in numbers, and whether its structures agree."""
 
     epoch: int
+    pids: tuple[int, ...]
+    """The group's processes, rank 0 first; while it is gathered, those that have come."""
     num_waiting: int
     num_running: int
     num_blocks: int
@@ -201,7 +216,7 @@ class Inspection(_Message, frozen=True):
 
 
 FromFront: TypeAlias = Attach | Commands
-ToFront: TypeAlias = ModelReady | ModelLost | Outputs | Inspection
+ToFront: TypeAlias = ModelReady | ModelLost | Outputs | Pulse | Inspection
 
 _encoder = msgspec.msgpack.Encoder()
 _from_front: msgspec.msgpack.Decoder[FromFront] = msgspec.msgpack.Decoder(FromFront)

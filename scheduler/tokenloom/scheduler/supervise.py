@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -113,8 +114,9 @@ def _wakeup() -> Iterator[_Wait]:
     numbers = (*_STOP_SIGNALS, signal.SIGCHLD)
     old_actions = {number: signal.signal(number, lambda *_: None) for number in numbers}
 
-    def wait(timeout_s: float | None, *files: int) -> set[int]:
-        ready, _, _ = select.select([reader, *files], [], [], timeout_s)
+    def wait(timeout_s: float, *files: int) -> set[int]:
+        timeout = None if timeout_s == math.inf else timeout_s
+        ready, _, _ = select.select([reader, *files], [], [], timeout)
         return set(os.read(reader, 4096)) if reader in ready else set()
 
     try:
@@ -176,14 +178,20 @@ class _Processes:
         Returns the exit code that such a death means.
         """
         while True:
-            for unit in self._units:
-                if dead := self._dead(unit):
-                    self._bury(unit, dead)
-                    if (code := self._outcome(unit, dead)) is not None:
-                        return code
-            if self._wait(self._start_due(), *self._told) & _STOP_SIGNALS:
+            if (code := self._look_after(self._units)) is not None:
+                return code
+            if self._wait(self._start_due(self._units), *self._told) & _STOP_SIGNALS:
                 return None
             self._listen()
+
+    def _look_after(self, units: Sequence[_Unit]) -> int | None:
+        """Deals with deaths; returns the exit code if one of them ends everything."""
+        for unit in units:
+            if dead := self._dead(unit):
+                self._bury(unit, dead)
+                if (code := self._outcome(unit, dead)) is not None:
+                    return code
+        return None
 
     def _dead(self, unit: _Unit) -> dict[Child, subprocess.Popen[bytes]]:
         running = {child: self._running[child] for child in unit.children if child in self._running}
@@ -216,11 +224,11 @@ class _Processes:
             return None
         return UNUSABLE_OPTIONS if is_unusable else 1
 
-    def _start_due(self) -> float | None:
+    def _start_due(self, units: Sequence[_Unit]) -> float:
         """Starts what has paused long enough; returns the seconds until the next is due."""
         now_s = time.monotonic()
         left_s = []
-        for unit in self._units:
+        for unit in units:
             if unit.due_s is None:
                 continue
             if unit.due_s <= now_s:
@@ -229,7 +237,7 @@ class _Processes:
                     self._start(child)
             else:
                 left_s.append(unit.due_s - now_s)
-        return min(left_s, default=None)
+        return min(left_s, default=math.inf)
 
     def _listen(self) -> None:
         """Acts on what children tell of others."""
@@ -259,9 +267,13 @@ class _Processes:
     def stop(self, *, in_hurry: bool) -> bool:
         """Ends the stages in order; returns whether all children ended well, and in time."""
         all_well = True
+        # The first has a grace period, in which it needs the others; once it is gone nobody does.
+        needed = [unit for unit in self._units if unit.children[0] not in self._stages[0]]
         for stage in self._stages:
             children = [child for child in stage if child in self._running]
-            in_hurry = self._stop(children, in_hurry=in_hurry)
+            in_hurry, are_served = self._stop(children, needed, in_hurry=in_hurry)
+            all_well &= are_served
+            needed = []
             for child in children:
                 process = self._running.pop(child)
                 # One that has not come to install its handlers ends by the signal itself.
@@ -270,9 +282,15 @@ class _Processes:
                     all_well = False
         return all_well
 
-    def _stop(self, children: Sequence[Child], *, in_hurry: bool) -> bool:
-        """Ends children together; returns whether there is a hurry by now."""
+    def _stop(
+        self, children: Sequence[Child], needed: Sequence[_Unit], *, in_hurry: bool
+    ) -> tuple[bool, bool]:
+        """Ends children together, and looks after those that they need unless there is a hurry.
+
+        Returns whether there is one by now, and whether none of those was lost for good.
+        """
         deadlines = self._tell(children, in_hurry=in_hurry)
+        are_served = True
         while left := [child for child in children if self._running[child].poll() is None]:
             now_s = time.monotonic()
             for child in left:
@@ -281,10 +299,19 @@ class _Processes:
                     self._running[child].kill()
                     self._running[child].wait()
             wait_s = max(0.0, min(deadlines[child] for child in left) - now_s)
-            if self._wait(wait_s) & _STOP_SIGNALS and not in_hurry:
+            told: Iterable[int] = ()
+            if needed and not in_hurry:
+                if self._look_after(needed) is not None:
+                    in_hurry, are_served = True, False
+                    deadlines = self._tell(left, in_hurry=True)
+                    continue
+                self._listen()
+                wait_s = min(wait_s, self._start_due(needed))
+                told = self._told
+            if self._wait(wait_s, *told) & _STOP_SIGNALS and not in_hurry:
                 in_hurry = True
                 deadlines = self._tell(left, in_hurry=True)
-        return in_hurry
+        return in_hurry, are_served
 
     def _tell(self, children: Sequence[Child], *, in_hurry: bool) -> dict[Child, float]:
         """Tells children to end; returns when each must have ended."""

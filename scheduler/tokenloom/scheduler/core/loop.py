@@ -22,7 +22,7 @@ from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
-from tokenloom.scheduler.core.watch import StepWatch
+from tokenloom.scheduler.core.watch import StallWatch, StepWatch
 from tokenloom.scheduler.messages import (
     Abort,
     Attach,
@@ -31,6 +31,8 @@ from tokenloom.scheduler.messages import (
     Inspection,
     ModelLost,
     ModelReady,
+    Ping,
+    Pulse,
     Stop,
     Submit,
     ToFront,
@@ -100,8 +102,11 @@ class CoreLoop:
         self._front_numbers: dict[bytes, int] = {}
         self._next_front = 0
         self._group = Group(config.tensor_parallel)
-        self._epoch = 0
+        self._epoch = int(1000 * time.time())
+        """Grows over the lives of cores, too: workers that outlive one join the next, and names of
+        older epochs are still in their stores. No core has an epoch each millisecond."""
         self._watch = StepWatch(config.step_timeout_s)
+        self._stalls = StallWatch()
         self._budget = crashes.CrashBudget(
             max_crashes=config.max_crashes, window_s=config.crash_window_s
         )
@@ -152,6 +157,8 @@ class CoreLoop:
             self._watch.sent(
                 num_spans=len(plan.span_slots), num_tokens=int(plan.span_lengths.sum()), now=now
             )
+        has_work = self._state.spec is not None and bool(self._state.requests)
+        self._stalls.look(stalls=has_work and not self._state.in_flight, now=self._clock())
         self._flush()
 
     def _flush(self) -> None:
@@ -290,10 +297,10 @@ class CoreLoop:
             self._reach(rank.identity, codec.encode(Shutdown()))
         _tell_supervisor("lost", group.pids)
         crashes.lose_group(self._state)
+        self._flush()  # what came before the loss, before the word of it
         for identity in list(self._front_ids.values()):
             self._send_to_front(identity, ModelLost(reason=reason))
         if self._budget.spend(self._clock()):
-            self._flush()
             raise TooManyCrashesError(
                 f"{self._budget.max_crashes + 1} groups of workers were lost within "
                 f"{self._budget.window_s:g} s, the last one because {reason}; "
@@ -308,6 +315,8 @@ class CoreLoop:
         """
         group = self._group
         if not group.is_complete:
+            if group.ranks:  # who left may stand still, and keep the others waiting for ever
+                _tell_supervisor("lost", group.pids)
             group.ranks.clear()
             return False
         for index, rank in enumerate(group.ranks):
@@ -393,6 +402,8 @@ class CoreLoop:
                     admission.stop(self._state, front, command)
                 case Inspect():
                     self._send_to_front(identity, self._inspection())
+                case Ping():
+                    self._send_to_front(identity, Pulse(stalled_s=self._stalls.stalled_s(now)))
                 case _:
                     assert_never(command)
 
@@ -419,6 +430,7 @@ class CoreLoop:
         state = self._state
         return Inspection(
             epoch=self._epoch,
+            pids=tuple(self._group.pids),
             num_waiting=len(state.waiting),
             num_running=state.num_running,
             num_blocks=0 if state.pool is None else state.pool.num_blocks,

@@ -1,4 +1,4 @@
-"""How long a step may take until its group counts as hung.
+"""How long a step may take until its group counts as hung, and how long there is none.
 
 A hung collective ends nothing by itself, so the bound follows what steps took lately: steps of
 2 ms and of 20 s are both alright, and 20 s after 2 ms are not. The first step of a kind may compile
@@ -71,3 +71,24 @@ class StepWatch:
             self._begun_s = now
             return False
         return True
+
+
+class StallWatch:
+    """For how long there has been work and no step with it; times are the caller's.
+
+    It is never right, but for the turn in which the work comes.
+    """
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+
+    def look(self, *, stalls: bool, now: float) -> None:
+        """Enters what a turn ended with."""
+        if not stalls:
+            self._since_s = None
+        elif self._since_s is None:
+            self._since_s = now
+
+    def stalled_s(self, now: float) -> float:
+        """Returns the seconds since the first of the turns in a row that ended so; 0: none."""
+        return 0.0 if self._since_s is None else now - self._since_s

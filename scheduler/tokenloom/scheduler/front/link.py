@@ -28,6 +28,8 @@ from tokenloom.scheduler.messages import (
     ModelLost,
     ModelReady,
     Outputs,
+    Ping,
+    Pulse,
     Stop,
     Submit,
     ToFront,
@@ -50,12 +52,17 @@ class CoreLink:
         endpoint: str,
         *,
         on_model: Callable[[ModelReady | Absence], None],
+        on_pulse: Callable[[Pulse], None],
     ) -> None:
-        """`on_model` is told what the core serves, or why it serves nothing."""
+        """`on_model` is told what the core serves, or why it serves nothing; `on_pulse`, its life.
+
+        The latter is the answer to `ping`.
+        """
         self._endpoint = endpoint
         self._on_model = on_model
+        self._on_pulse = on_pulse
         self._streams: dict[int, Stream] = {}
-        self._commands: list[Submit | Abort | Stop] = []
+        self._commands: list[Submit | Abort | Stop | Ping] = []
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
@@ -68,6 +75,7 @@ class CoreLink:
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_attached = False
 
     def open(self) -> None:
         """Connects; must run in the event loop. The core may come later."""
@@ -99,6 +107,11 @@ class CoreLink:
         """Ends a stream's request at a stop string."""
         self._command(Stop(stream=number, num_tokens=num_tokens))
 
+    def ping(self) -> None:
+        """Asks the core for a pulse, if there is one."""
+        if self._is_attached:
+            self._command(Ping())
+
     def release(self, stream: Stream) -> None:
         """Forgets a stream; its request is aborted if it still runs."""
         if self._streams.pop(stream.number, None) is not None and not stream.is_over:
@@ -109,7 +122,7 @@ class CoreLink:
         for stream in self._streams.values():
             stream.fail(Unavailable(absence))
 
-    def _command(self, command: Submit | Abort | Stop) -> None:
+    def _command(self, command: Submit | Abort | Stop | Ping) -> None:
         if not self._commands and self._loop is not None:
             self._loop.call_soon(self._flush)
         self._commands.append(command)
@@ -145,6 +158,10 @@ class CoreLink:
             case ModelLost():
                 _log.warning("the model is lost: %s", message.reason)
                 self._on_model(Absence(reason="MODEL_LOST", message="the model's worker is gone"))
+                for stream in self._streams.values():
+                    stream.pause()
+            case Pulse():
+                self._on_pulse(message)
             case Inspection():
                 pass  # a front never asks
             case _:
@@ -183,11 +200,13 @@ class CoreLink:
             )
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._send(Attach(pid=os.getpid()))
+                self._is_attached = True
             elif event["event"] == zmq.EVENT_DISCONNECTED:
                 self._lose_core()
 
     def _lose_core(self) -> None:
         _log.warning("the core at %s is gone", self._endpoint)
+        self._is_attached = False
         absence = Absence(reason="CORE_LOST", message="the scheduler's core is gone")
         self._on_model(absence)
         for stream in self._streams.values():

@@ -1,4 +1,4 @@
-"""The three messages of a Generate stream."""
+"""The messages of a Generate stream."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def delta_response(piece: Piece) -> pb.GenerateResponse:
     if piece.logprobs:
         delta.logprobs.extend(_logprob(entry) for entry in piece.logprobs)
     return response
+
+
+def pause_response() -> pb.GenerateResponse:
+    """Returns the word that nothing comes until the model is loaded again."""
+    return pb.GenerateResponse(pause=pb.Pause(reason=pb.PAUSE_REASON_RECOVERING))
 
 
 def finish_response(call: Call, end: End, *, num_cached_tokens: int) -> pb.GenerateResponse:

@@ -12,20 +12,18 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front.errors import Absence
+from tokenloom.scheduler.front.health import Health
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
 from tokenloom.scheduler.front.text import TextModel
 from tokenloom.scheduler.messages import ModelReady
 from tokenloom.scheduler.ports import check_free
 from tokenloom.wire.started import process_start_s
-
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
@@ -53,11 +51,13 @@ class FrontServer:
     def __init__(self, config: SchedulerConfig, text: TextModel) -> None:
         self._config = config
         self._text = text
-        self._link = CoreLink(config.core_endpoint, on_model=self._on_model)
+        self._health = Health((SERVICE_NAME,), timeout_s=config.heartbeat_timeout_s)
+        self._link = CoreLink(
+            config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
+        )
         self._servicer = InferenceServicer(config, text, self._link)
-        self._health = health.aio.HealthServicer()
-        self._health_changed = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
+        self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
         self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
@@ -67,22 +67,22 @@ class FrontServer:
     async def start(self) -> None:
         """Listens and connects to the core. Raises ConfigError if the address cannot be had."""
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
-        await self._tell_health()
+        await self._health.tell()
         if self._config.num_fronts == 1:  # else the supervisor holds the port
             check_free(self._config.listen)
         self.address = _bind(self._server, self._config.listen)
         await self._server.start()
-        self._health_task = asyncio.create_task(self._follow_health())
         self._link.open()
+        self._health_task = asyncio.create_task(self._health.follow(self._link.ping))
         _write_address(Path(self._config.run_dir), self.address)
         _log.info("listening on %s", self.address)
 
     async def drain(self, grace_s: float) -> None:
         """Tells health checks, refuses new requests, lets running ones finish."""
-        await self._health.enter_graceful_shutdown()
+        await self._health.drain()
         await self._servicer.drain(grace_s)
 
     async def stop(self) -> None:
@@ -96,20 +96,11 @@ class FrontServer:
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model
-        self._health_changed.set()
+        self._health.set_model(is_there=isinstance(model, ModelReady))
         if isinstance(model, ModelReady):
-            _log.info("serving %s on %s%s", self._config.name, self.address, _start_told(model))
-
-    async def _follow_health(self) -> None:
-        while True:
-            await self._health_changed.wait()
-            self._health_changed.clear()
-            await self._tell_health()
-
-    async def _tell_health(self) -> None:
-        is_ready = isinstance(self._servicer.model, ModelReady)
-        for service in ("", SERVICE_NAME):
-            await self._health.set(service, _SERVING if is_ready else _NOT_SERVING)
+            told = "" if self._has_served else _start_told(model)
+            self._has_served = True
+            _log.info("serving %s on %s%s", self._config.name, self.address, told)
 
 
 async def run(config: SchedulerConfig, text: TextModel) -> None:
@@ -143,7 +134,7 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
 def _start_told(model: ModelReady) -> str:
     """Returns what the start took, from the command to serving, as the end of a sentence."""
     command_s = process_start_s(os.getppid())  # the command started the front
-    if model.epoch != 1 or process_start_s() - command_s > _START_S:
+    if process_start_s() - command_s > _START_S:
         return ""
     whole_s = time.monotonic() - command_s
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in model.phases)

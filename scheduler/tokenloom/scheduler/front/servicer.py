@@ -35,6 +35,7 @@ from tokenloom.scheduler.front.responses import (
     admission_response,
     delta_response,
     finish_response,
+    pause_response,
 )
 from tokenloom.scheduler.front.stops import StopScanner, stop_strings
 from tokenloom.scheduler.front.streams import BLOCKED_WRITE_S, End, Stream
@@ -245,6 +246,8 @@ class InferenceServicer:
                 if piece.token_ids or piece.text:
                     delta = delta_response(piece)
                     await stream.write(context.write(delta.SerializeToString()))
+                if piece.pauses:
+                    await stream.write(context.write(pause_response().SerializeToString()))
         finish = finish_response(call, end, num_cached_tokens=num_cached_tokens)
         await stream.write(context.write(finish.SerializeToString()))
 

@@ -63,6 +63,8 @@ class Piece:
     """One for each token, or none at all."""
     end: End | None
     """Set in the last piece."""
+    pauses: bool
+    """Whether the client is to hear, after all this, that nothing comes for a while."""
 
 
 class Stream:
@@ -96,6 +98,7 @@ class Stream:
         self._stop_string: str | None = None
         self._num_cached_tokens: int | None = None
         self._finished: Finished | None = None
+        self._pauses = False
         self.is_over = False
         """Whether the core is done with the request, or never took it."""
 
@@ -148,6 +151,7 @@ class Stream:
         """The next token came."""
         if self._stop_string is not None or self.error is not None:
             return  # was under way when the stream ended
+        self._pauses = False  # it was over before the client heard of it
         self._num_tokens += 1
         self._pending.append(token)
         if logprobs is not None:
@@ -159,9 +163,17 @@ class Stream:
         elif self._waiter is not None:
             self._wake()
 
+    def pause(self) -> None:
+        """The model is lost; the stream goes on when it is loaded again."""
+        if self._num_cached_tokens is None or self.is_over or self._stop_string is not None:
+            return
+        self._pauses = True
+        self._wake()
+
     def finish(self, finished: Finished) -> None:
         """The core's last word on the request."""
         self._finished = finished
+        self._pauses = False
         self.is_over = True
         if self.error is None:
             self._conclude(finished)
@@ -227,7 +239,7 @@ class Stream:
 
     async def ready(self) -> None:
         """Waits until there is something to write, or an error."""
-        while self.error is None and not self._pending and self._finished is None:
+        while self.error is None and not (self._pending or self._finished or self._pauses):
             await self._wait()
 
     def take(self) -> Piece:
@@ -237,12 +249,14 @@ class Stream:
         token_ids, self._pending = self._pending, []
         logprobs, self._pending_logprobs = self._pending_logprobs, []
         text = self._take_text(token_ids)
+        pauses, self._pauses = self._pauses, False
         return Piece(
             first_index=self._num_tokens - len(token_ids),
             token_ids=token_ids,
             text=text,
             logprobs=logprobs,
             end=self._end(),
+            pauses=pauses,
         )
 
     def _take_text(self, token_ids: list[int]) -> str:
