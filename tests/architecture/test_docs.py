@@ -10,6 +10,8 @@ LINK = re.compile(r"!?\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*$", re.MULTILINE)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 FILE_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
+TEST_NAME = re.compile(r"test_\w+")
+TEST = re.compile(r"def (test_\w+)\(")
 MAKE_TARGET = re.compile(r"\bmake (?:[A-Z]+=\S+ )*([a-z][a-z-]*)\b")
 RULE = re.compile(r"^([a-z-]+):", re.MULTILINE)
 
@@ -63,6 +65,16 @@ def missing_files(page: Path, markdown: str) -> list[str]:
     ]
 
 
+def missing_tests(page: Path, markdown: str) -> list[str]:
+    """Returns the tests that a page names in code spans and that do not exist."""
+    known = {path.stem for path in files()}
+    for _, text in texts(".py"):
+        known.update(TEST.findall(text))
+    spans = CODE_SPAN.findall(FENCED.sub("", markdown))
+    names = [name for name in spans if TEST_NAME.fullmatch(name)]
+    return [f"{page}: {name}" for name in names if name not in known]
+
+
 def test_stale_references_are_found() -> None:
     page = Path("docs/page.md")
     assert anchors("# A page: two\n\n## `code` there") == {"a-page-two", "code-there"}
@@ -71,6 +83,9 @@ def test_stale_references_are_found() -> None:
     assert missing_files(page, "`tests/architecture/` and `tests/no_such.py`") == [
         "docs/page.md: tests/no_such.py"
     ]
+    assert missing_tests(
+        page, "`test_stale_references_are_found`, `test_docs`, `test_nothing`"
+    ) == ["docs/page.md: test_nothing"]
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -84,6 +99,10 @@ def test_relative_links_lead_somewhere() -> None:
 
 def test_files_named_in_documents_exist() -> None:
     assert [each for page, text in texts(".md") for each in missing_files(page, text)] == []
+
+
+def test_tests_named_in_documents_exist() -> None:
+    assert [each for page, text in texts(".md") for each in missing_tests(page, text)] == []
 
 
 def test_make_targets_named_in_documents_exist() -> None:
