@@ -76,8 +76,13 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text, tokenized as it stands: no template and no special token is added."""
+    priority: _builtins.int
+    """Among the requests of the same tenant those with a larger priority go first, in [-100, 100].
+    Default 0.
+    """
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """Token ids of the served model's vocabulary."""
@@ -115,13 +120,19 @@ class GenerateRequest(_message.Message):
         stopping: Global___Stopping | None = ...,
         output: Global___Output | None = ...,
         resume_from: Global___ResumeFrom | None = ...,
+        priority: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "chat", b"chat", "output", b"output", "priority", b"priority", "prompt", b"prompt", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "chat", b"chat", "output", b"output", "priority", b"priority", "prompt", b"prompt", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -619,6 +630,7 @@ class Finish(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     STOP_STRING_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     stop_token_id: _builtins.int
     """The stop token that ended the completion, if one did."""
@@ -626,6 +638,10 @@ class Finish(_message.Message):
     """The stop string that ended the completion, if one did."""
     @_builtins.property
     def usage(self) -> Global___Usage: ...
+    @_builtins.property
+    def cost(self) -> Global___Cost:
+        """What the request took of the server."""
+
     def __init__(
         self,
         *,
@@ -633,10 +649,11 @@ class Finish(_message.Message):
         usage: Global___Usage | None = ...,
         stop_token_id: _builtins.int | None = ...,
         stop_string: _builtins.str | None = ...,
+        cost: Global___Cost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_string", b"_stop_string", "_stop_token_id", b"_stop_token_id", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_string", b"_stop_string", "_stop_token_id", b"_stop_token_id", "cost", b"cost", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_string", b"_stop_string", "_stop_token_id", b"_stop_token_id", "reason", b"reason", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_string", b"_stop_string", "_stop_token_id", b"_stop_token_id", "cost", b"cost", "reason", b"reason", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_string: _TypeAlias = _typing.Literal["stop_string"]  # noqa: Y015
     _WhichOneofArgType__stop_string: _TypeAlias = _typing.Literal["_stop_string", b"_stop_string"]  # noqa: Y015
@@ -648,6 +665,47 @@ class Finish(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_token_id) -> _WhichOneofReturnType__stop_token_id | None: ...
 
 Global___Finish: _TypeAlias = Finish  # noqa: Y015
+
+@_typing.final
+class Cost(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_S_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_S_FIELD_NUMBER: _builtins.int
+    NUM_RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
+    gpu_s: _builtins.float
+    """The request's share of each step it was in, in seconds of one GPU: a step of 10 ms on two
+    GPUs is 0.02.
+    """
+    kv_block_s: _builtins.float
+    """Blocks of the KV cache that it held, times the seconds that it held them. Of a block that n
+    requests share each counts 1/n.
+    """
+    num_recomputed_tokens: _builtins.int
+    """Tokens computed again after a preemption or the loss of a worker."""
+    num_preemptions: _builtins.int
+    price: _builtins.float
+    """gpu_s at the server's --gpu-hour-price, in its operator's currency; absent without one."""
+    def __init__(
+        self,
+        *,
+        gpu_s: _builtins.float = ...,
+        kv_block_s: _builtins.float = ...,
+        num_recomputed_tokens: _builtins.int = ...,
+        num_preemptions: _builtins.int = ...,
+        price: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_price", b"_price", "price", b"price"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_price", b"_price", "gpu_s", b"gpu_s", "kv_block_s", b"kv_block_s", "num_preemptions", b"num_preemptions", "num_recomputed_tokens", b"num_recomputed_tokens", "price", b"price"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__price: _TypeAlias = _typing.Literal["price"]  # noqa: Y015
+    _WhichOneofArgType__price: _TypeAlias = _typing.Literal["_price", b"_price"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__price) -> _WhichOneofReturnType__price | None: ...
+
+Global___Cost: _TypeAlias = Cost  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):

@@ -8,6 +8,7 @@
       │ ◀────────────────── ModelLost ─── │   no worker; requests wait for the next
       │ ── Commands[Ping] ──────────────▶ │   now and then
       │ ◀────────────────────── Pulse ─── │
+      │ ◀─────────────────────── Load ─── │   when it changes, and each second
 
 A front names its streams by integers of its own choice, unique in its life.
 For every Submit the core answers with exactly one of: Refused; or Admitted,
@@ -51,6 +52,8 @@ class FinishReason(StrEnum):
     """The request broke its worker again and again, the last time while it ran alone."""
     NO_ROOM = "no_room"
     """The worker was lost, and the next one's KV pool is too small for the request."""
+    DEADLINE = "deadline"
+    """Its deadline passed."""
 
 
 class RefusalReason(StrEnum):
@@ -66,6 +69,10 @@ class RefusalReason(StrEnum):
     """No worker has loaded the model yet."""
     DUPLICATE = "duplicate"
     """The front uses this stream number already."""
+    DEADLINE_UNREACHABLE = "deadline_unreachable"
+    """By the time that it would have something useful its deadline will have passed."""
+    TENANT_LIMIT = "tenant_limit"
+    """The tenant has as many requests, or had as many tokens, as it may."""
 
 
 class Attach(_Message, frozen=True):
@@ -88,6 +95,12 @@ class Submit(_Message, frozen=True):
     """Requests share cached blocks only with requests of the same salt."""
     num_completion_tokens: int = 0
     """How many of `tokens` are completion, which goes on behind them; fewer than max_tokens."""
+    tenant: str = ""
+    """Whose request it is, as authentication has it; empty: nobody's in particular."""
+    priority: int = 0
+    """Among the requests of its tenant: those with a larger one go first."""
+    timeout_s: float | None = None
+    """What was left of the caller's deadline when the front sent this."""
 
 
 class Abort(_Message, frozen=True):
@@ -168,6 +181,13 @@ class Finished(_Message, frozen=True):
     prefill_s: float | None
     """None: no token came."""
     decode_s: float | None
+    gpu_s: float = 0.0
+    """Its share of the seconds of all GPUs of the group, summed over its steps."""
+    kv_block_s: float = 0.0
+    """Blocks that it held, times how long; a block shared by n requests counts 1/n for each."""
+    num_recomputed_tokens: int = 0
+    """Positions computed again after a preemption or the loss of a worker."""
+    num_preemptions: int = 0
 
 
 class Outputs(_Message, frozen=True):
@@ -195,6 +215,38 @@ class Pulse(_Message, frozen=True):
     """For how long there have been requests and a model, and no step under way; 0 is right."""
 
 
+class Load(_Message, frozen=True):
+    """How busy the core is: comes after a change, at most ten times a second, and each second."""
+
+    num_waiting: int
+    num_waiting_tokens: int
+    num_running: int
+    max_num_requests: int
+    num_blocks: int
+    num_used_blocks: int
+    """Blocks that requests hold; cached ones that nobody holds are free."""
+    queue_fraction: float
+    """The fullest of the bounds of the queue, 0 to 1."""
+    num_steps: int
+    """Since the core began; so are those below."""
+    num_finished: int
+    num_refused: int
+    num_generated_tokens: int
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_preemptions: int
+    num_recoveries: int
+    busy_s: float
+    """Seconds in which a step was under way."""
+    step_s: float
+    """A step's time, of late."""
+
+    @property
+    def utilization(self) -> float:
+        """The larger of the KV pool's use and the queue's, 0 to 1."""
+        return max(self.num_used_blocks / max(1, self.num_blocks), self.queue_fraction)
+
+
 class Inspection(_Message, frozen=True):
     """The core's state in numbers, and whether its structures agree."""
 
@@ -216,7 +268,7 @@ class Inspection(_Message, frozen=True):
 
 
 FromFront: TypeAlias = Attach | Commands
-ToFront: TypeAlias = ModelReady | ModelLost | Outputs | Pulse | Inspection
+ToFront: TypeAlias = ModelReady | ModelLost | Outputs | Pulse | Load | Inspection
 
 _encoder = msgspec.msgpack.Encoder()
 _from_front: msgspec.msgpack.Decoder[FromFront] = msgspec.msgpack.Decoder(FromFront)

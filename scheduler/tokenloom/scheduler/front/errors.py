@@ -3,7 +3,7 @@
     RequestError             code                 reason in google.rpc.ErrorInfo
     ├── InvalidRequest       INVALID_ARGUMENT     INVALID_REQUEST, PROMPT_TOO_LONG, MALFORMED
     ├── OtherModel           FAILED_PRECONDITION  OTHER_MODEL
-    ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL
+    ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL, DEADLINE_UNREACHABLE, TENANT_LIMIT
     ├── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
     ├── Unavailable          UNAVAILABLE          NOT_READY, MODEL_LOST, DRAINING, CORE_LOST
     ├── EndedByOperator      CANCELLED            ENDED_BY_OPERATOR
@@ -108,12 +108,12 @@ class OtherModel(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full; the request may be sent again later."""
+    """There is no room for the request, or not for this tenant or in time; later there may be."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    def __init__(self, message: str, retry_after_s: float | None) -> None:
-        super().__init__("QUEUE_FULL", message)
+    def __init__(self, reason: str, message: str, retry_after_s: float | None) -> None:
+        super().__init__(reason, message)
         self.retry_after_s = retry_after_s
 
     def details(self) -> list[Message]:
@@ -205,7 +205,11 @@ def refusal_error(refused: Refused) -> RequestError:
     """Returns what the core's refusal means for the client."""
     match refused.reason:
         case RefusalReason.QUEUE_FULL:
-            return Overloaded(refused.detail, refused.retry_after_s)
+            return Overloaded("QUEUE_FULL", refused.detail, refused.retry_after_s)
+        case RefusalReason.DEADLINE_UNREACHABLE:
+            return Overloaded("DEADLINE_UNREACHABLE", refused.detail, refused.retry_after_s)
+        case RefusalReason.TENANT_LIMIT:
+            return Overloaded("TENANT_LIMIT", refused.detail, refused.retry_after_s)
         case RefusalReason.TOO_LONG:
             violation = Violation(field="prompt", description=refused.detail)
             return InvalidRequest([violation], "PROMPT_TOO_LONG")

@@ -25,6 +25,7 @@ from tokenloom.scheduler.messages import (
     Attach,
     Commands,
     Inspection,
+    Load,
     ModelLost,
     ModelReady,
     Outputs,
@@ -76,6 +77,8 @@ class CoreLink:
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_attached = False
+        self.load: Load | None = None
+        """The last that the core told of how busy it is."""
 
     def open(self) -> None:
         """Connects; must run in the event loop. The core may come later."""
@@ -162,6 +165,8 @@ class CoreLink:
                     stream.pause()
             case Pulse():
                 self._on_pulse(message)
+            case Load():
+                self.load = message
             case Inspection():
                 pass  # a front never asks
             case _:
