@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenloom.scheduler.core.blocks import BlockPool
-from tokenloom.scheduler.core.state import Int64Array, Request, Slots, State, StepRecord
+from tokenloom.scheduler.core.request import Request
+from tokenloom.scheduler.core.state import Int64Array, Slots, State, StepRecord
 from tokenloom.scheduler.messages import Admitted
 from tokenloom.wire.messages import Admit, Step
 
@@ -194,7 +195,7 @@ def _admit(
     if num_new + pool.num_evictable(cached) + reserve > pool.num_free:
         return None
 
-    state.dequeue(request)
+    state.waiting.leave(request)
     slot = slots.free.pop()
     num_computed = len(cached) * block_size
     _fill_slot(slots, slot, request, num_computed)

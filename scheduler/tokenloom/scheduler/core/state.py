@@ -15,16 +15,25 @@ steady decode. A span that reaches num_planned samples the next token.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, block_digest, root_digest
+from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, root_digest
 from tokenloom.scheduler.core.costs import StepCosts
-from tokenloom.scheduler.messages import Admitted, Finished, FinishReason, Outputs, Refused
-from tokenloom.wire.messages import Ready, SamplingParams, TokenLogprobs
+from tokenloom.scheduler.core.queue import Queue
+from tokenloom.scheduler.core.request import Request
+from tokenloom.scheduler.messages import (
+    Admitted,
+    Finished,
+    FinishReason,
+    Outputs,
+    Refused,
+    Submit,
+)
+from tokenloom.wire.messages import Ready, TokenLogprobs
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -77,39 +86,6 @@ class ModelSpec:
     def max_request_tokens(self) -> int:
         """Longest prompt + completion: the context, or the whole pool if that is smaller."""
         return min(self.max_model_tokens, self.num_blocks * self.block_size)
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Request:
-    """One prompt and its completion, from submission to finish."""
-
-    serial: int
-    """Order of arrival; unique in the core's life."""
-    front: int
-    stream: int
-    tokens: Int32Array
-    """int32: all that is known while it waits; once it runs, its slot's row is the truth."""
-    num_prompt: int
-    max_total: int
-    sampling: SamplingParams
-    digests: list[bytes]
-    """The root digest, then one for each full block known so far."""
-    arrived_s: float
-    planned_s: float | None = None
-    """When it first got a slot."""
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-    slot: int | None = None
-    num_crashes: int = 0
-    """Crashes of a group with a step of it in flight, since it was last acquitted."""
-    crash_tokens: int = 0
-    """How many tokens it would have had after those steps."""
-
-    def extend_digests(self, tokens: Int32Array, num_blocks: int, block_size: int) -> None:
-        """Computes the digests of the first `num_blocks` blocks of `tokens`."""
-        for index in range(len(self.digests) - 1, num_blocks):
-            block = tokens[index * block_size : (index + 1) * block_size]
-            self.digests.append(block_digest(self.digests[-1], block))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,9 +185,7 @@ class State:
         self.spec: ModelSpec | None = None
         self.slots: Slots | None = None
         self.pool: BlockPool | None = None
-        self.waiting: OrderedDict[int, Request] = OrderedDict()
-        """By serial, in the order in which they will run."""
-        self.num_waiting_tokens = 0
+        self.waiting = Queue()
         self.requests: dict[tuple[int, int], Request] = {}
         """Every live request by (front, stream)."""
         self.suspects: dict[int, Request] = {}
@@ -248,35 +222,25 @@ class State:
         outputs, self.outputs = self.outputs, {}
         return outputs
 
-    def new_request(
-        self,
-        *,
-        front: int,
-        stream: int,
-        tokens: Int32Array,
-        max_tokens: int,
-        sampling: SamplingParams,
-        salt: str,
-        num_completion_tokens: int,
-        now: float,
-    ) -> Request:
-        """Enters a request at the end of the queue; the last of its tokens may be completion."""
-        num_prompt = len(tokens) - num_completion_tokens
+    def new_request(self, front: int, message: Submit, tokens: Int32Array, now: float) -> Request:
+        """Enters a request into the queue; the last of its `tokens` may be completion."""
+        num_prompt = len(tokens) - message.num_completion_tokens
         request = Request(
             serial=self.next_serial,
             front=front,
-            stream=stream,
+            stream=message.stream,
+            tenant=message.tenant,
+            priority=message.priority,
             tokens=tokens,
             num_prompt=num_prompt,
-            max_total=num_prompt + max_tokens,
-            sampling=sampling,
-            digests=[root_digest(salt)],
+            max_total=num_prompt + message.max_tokens,
+            sampling=message.sampling,
+            digests=[root_digest(message.salt)],
             arrived_s=now,
         )
         self.next_serial += 1
-        self.requests[front, stream] = request
-        self.waiting[request.serial] = request
-        self.num_waiting_tokens += len(tokens)
+        self.requests[front, message.stream] = request
+        self.waiting.enter(request)
         return request
 
     def vacate(self, request: Request, *, keep_blocks: bool = True) -> None:
@@ -304,27 +268,16 @@ class State:
     def preempt(self, request: Request) -> None:
         """Moves a running request back to its place in the queue; it is recomputed later."""
         self.vacate(request)
-        is_first = not self.waiting or request.serial < next(iter(self.waiting))
-        self.waiting[request.serial] = request
-        if is_first:
-            self.waiting.move_to_end(request.serial, last=False)
-        else:  # a suspect ran before those that had come earlier
-            self.waiting = OrderedDict(sorted(self.waiting.items()))
-        self.num_waiting_tokens += len(request.tokens)
+        self.waiting.enter(request)
         self.num_preemptions += 1
 
     def next_waiting(self) -> Request | None:
         """Returns who may be admitted: the first of the queue, or a suspect where it is alone."""
         if not self.suspects:
-            return next(iter(self.waiting.values()), None)
+            return self.waiting.head()
         if self.num_running or self.in_flight:
             return None
         return next(iter(self.suspects.values()))
-
-    def dequeue(self, request: Request) -> None:
-        """Takes a request out of the queue."""
-        del self.waiting[request.serial]
-        self.num_waiting_tokens -= len(request.tokens)
 
     def finish(
         self,
@@ -336,7 +289,7 @@ class State:
     ) -> None:
         """Ends a request wherever it is, returns all it holds and tells its front."""
         if request.slot is None:
-            self.dequeue(request)
+            self.waiting.leave(request)
         else:
             # What is not finite may lie in the request's own KV: whoever shared it would fail too.
             self.vacate(request, keep_blocks=reason is not FinishReason.FAULT)
@@ -391,19 +344,15 @@ class State:
 
     def _check_queue(self, running: list[int]) -> list[str]:
         """Returns what is wrong with the queue beside the serials of those that run."""
-        wrong = []
         queued = {r.serial for r in self.requests.values() if r.slot is None}
-        if queued != set(self.waiting):
+        wrong = self.waiting.check()
+        if queued != {request.serial for request in self.waiting}:
             wrong.append("the queue and the requests without a slot differ")
-        if list(self.waiting) != sorted(self.waiting):
-            wrong.append("the queue is not in order of arrival")
         if self.suspects:
             if running not in ([], list(self.suspects)[:1]):
                 wrong.append(f"{running} run while {list(self.suspects)} are suspects")
         elif queued and running and min(queued) < max(running):
             wrong.append("a request waits while a younger one runs")
-        if self.num_waiting_tokens != sum(len(r.tokens) for r in self.waiting.values()):
-            wrong.append(f"num_waiting_tokens is {self.num_waiting_tokens}, not the queue's sum")
         return wrong
 
 
