@@ -25,6 +25,7 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
     """Queues a request, or refuses it with a reason that quotes the numbers."""
 
     def refuse(reason: RefusalReason, detail: str, retry_after_s: float | None) -> None:
+        state.totals.num_refused += 1
         state.outputs_of(front).refused.append(
             Refused(
                 stream=message.stream, reason=reason, detail=detail, retry_after_s=retry_after_s
@@ -87,7 +88,7 @@ def end_epoch(state: State) -> None:
     if state.slots is not None:
         running = [request for request in state.slots.requests if request is not None]
         for request in sorted(running, key=lambda request: request.serial, reverse=True):
-            state.preempt(request)
+            state.requeue(request)
     state.spec = None
     state.slots = None
     state.pool = None

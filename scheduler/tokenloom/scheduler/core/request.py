@@ -36,6 +36,24 @@ class Request:
     """Crashes of a group with a step of it in flight, since it was last acquitted."""
     crash_tokens: int = 0
     """How many tokens it would have had after those steps."""
+    gpu_s: float = 0.0
+    """Its share of all its steps; while it runs, its slot's row is the truth."""
+    kv_block_s: float = 0.0
+    """Blocks times how long it held them; while it runs, less what their meters showed when it
+    took them."""
+    num_found: int = 0
+    """Positions that it found in the prefix cache when it got its slot."""
+    num_computed: int = 0
+    """The most positions that it ever had computed or found when it lost its slot."""
+    num_recomputed: int = 0
+    num_preemptions: int = 0
+
+    def leave_slot(self, num_computed: int) -> int:
+        """Enters how far it was computed in its slot; returns how much of it not the first time."""
+        num_again = max(0, min(num_computed, self.num_computed) - self.num_found)
+        self.num_recomputed += num_again
+        self.num_computed = max(self.num_computed, num_computed)
+        return num_again
 
     def extend_digests(self, tokens: Int32Array, num_blocks: int, block_size: int) -> None:
         """Computes the digests of the first `num_blocks` blocks of `tokens`."""

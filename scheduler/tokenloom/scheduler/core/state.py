@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from tokenloom.scheduler.core.accounting import Totals
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, root_digest
 from tokenloom.scheduler.core.costs import StepCosts
 from tokenloom.scheduler.core.queue import Queue
@@ -67,11 +68,14 @@ class ModelSpec:
     """What it took to get ready, in seconds."""
     fingerprint: str = ""
     """Names the weights and how they are computed with."""
+    num_ranks: int = 1
+    """Workers of the group, each with a GPU."""
 
     @classmethod
-    def of(cls, ready: Ready) -> ModelSpec:
-        """Returns what a worker says of itself when it is ready."""
+    def of(cls, ready: Ready, *, num_ranks: int = 1) -> ModelSpec:
+        """Returns what a group of workers says of itself when it is ready."""
         return cls(
+            num_ranks=num_ranks,
             epoch=ready.epoch,
             vocab_size=ready.vocab_size,
             max_model_tokens=ready.max_model_tokens,
@@ -97,12 +101,16 @@ class StepRecord:
     """[num_spans]"""
     tenures: Int64Array
     """[num_spans] whose spans they were: a slot may have changed hands since"""
+    lengths: Int64Array
+    """[num_spans]"""
     ends: Int64Array
     """[num_spans] positions computed once the step is done"""
     sampled: Int64Array
     """[num_sampled] indices of the spans that sample"""
+    num_decoding: int
+    """Leading spans that are those of requests in steady decode."""
     num_prompt_tokens: int
-    """Computed beside the requests in steady decode."""
+    """Of the others."""
 
 
 @dataclass(slots=True)
@@ -156,6 +164,7 @@ class Slots:
         """Leading blocks whose digest was registered."""
         self.first_token_s = np.full(num_slots, np.nan)
         self.last_token_s = np.full(num_slots, np.nan)
+        self.gpu_s = np.zeros(num_slots)
         self.front = np.zeros(num_slots, np.int32)
         self.stream = np.zeros(num_slots, np.int64)
         self.stop_ids = np.full((num_slots, 1), NO_TOKEN, np.int32)
@@ -199,7 +208,7 @@ class State:
         self.next_step_id = 1
         self.next_serial = 1
         self.next_tenure = 1
-        self.num_preemptions = 0
+        self.totals = Totals()
         self.admission_interval_s: float | None = None
         """Moving average of the time between admissions, for push-back."""
         self.last_admission_s: float | None = None
@@ -254,7 +263,11 @@ class State:
         assert self.pool is not None
         assert request.slot is not None
         slots, slot = self.slots, request.slot
-        self.pool.release(slots.blocks(slot), keep=keep_blocks)
+        blocks = slots.blocks(slot)
+        request.kv_block_s += self.pool.meters_s(blocks)
+        self.pool.release(blocks, keep=keep_blocks)
+        request.gpu_s = float(slots.gpu_s[slot])
+        self.totals.num_recomputed_tokens += request.leave_slot(int(slots.num_computed[slot]))
         request.first_token_s = _time(slots.first_token_s[slot])
         request.last_token_s = _time(slots.last_token_s[slot])
         request.tokens = slots.tokens[slot, : slots.num_tokens[slot]].copy()
@@ -266,10 +279,15 @@ class State:
         self.released.append(slot)
 
     def preempt(self, request: Request) -> None:
-        """Moves a running request back to its place in the queue; it is recomputed later."""
+        """Makes a running request give way; it is recomputed later."""
+        request.num_preemptions += 1
+        self.totals.num_preemptions += 1
+        self.requeue(request)
+
+    def requeue(self, request: Request) -> None:
+        """Moves a running request back to its place in the queue."""
         self.vacate(request)
         self.waiting.enter(request)
-        self.num_preemptions += 1
 
     def next_waiting(self) -> Request | None:
         """Returns who may be admitted: the first of the queue, or a suspect where it is alone."""
@@ -295,6 +313,7 @@ class State:
             self.vacate(request, keep_blocks=reason is not FinishReason.FAULT)
         del self.requests[request.front, request.stream]
         self.suspects.pop(request.serial, None)
+        self.totals.num_finished += 1
         num_tokens = len(request.tokens) - request.num_prompt
         self.outputs_of(request.front).finished.append(
             Finished(
@@ -307,6 +326,10 @@ class State:
                 queue_s=_span(request.arrived_s, request.planned_s),
                 prefill_s=_span(request.planned_s, request.first_token_s),
                 decode_s=_span(request.first_token_s, request.last_token_s),
+                gpu_s=request.gpu_s,
+                kv_block_s=max(0.0, request.kv_block_s),
+                num_recomputed_tokens=request.num_recomputed,
+                num_preemptions=request.num_preemptions,
             )
         )
 
