@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.ports import shared_port
+from tokenloom.scheduler.samples import make_folder
 from tokenloom.scheduler.supervise import Child, Restart, supervise
 
 _MAX_SOCKET_PATH_BYTES = 107
@@ -82,6 +83,8 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ),
     ("max_crashes", int, "losses of workers that are made good; one more ends the server"),
     ("crash_window_s", float, "seconds within which they count"),
+    ("metrics_listen", str, "where Prometheus finds metrics: HOST:PORT (default: nowhere)"),
+    ("gpu_hour_price", float, "what an hour of one GPU costs; then costs have a price"),
 )
 _OTHER_HOSTS_OPTIONS = (
     ("workers_listen", "tcp://HOST:PORT", "where workers of other hosts join, encrypted by CURVE"),
@@ -249,6 +252,7 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
             if config.num_fronts > 1:
                 listen = held.enter_context(shared_port(config.listen))
                 config = replace(config, listen=listen)
+            make_folder(Path(config.metrics_dir))
             python = (sys.executable, "-m", "tokenloom.worker")
             connect = f"--connect={config.worker_endpoint}"
             return supervise(stages(config, [(*python, connect, *each) for each in workers]))
@@ -284,7 +288,13 @@ def stages(config: SchedulerConfig, workers: Sequence[tuple[str, ...]]) -> list[
         )
         for number, argv in enumerate(workers, start=1)
     ]
-    return [fronts, [core], ranks]
+    exporter = Child(
+        name="exporter",
+        argv=(*python, "tokenloom.scheduler.exporter", config.to_json()),
+        stop_s=_STOP_S,
+        restart=Restart.ALONE,
+    )
+    return [fronts, [core], ranks, [exporter] if config.metrics_listen else []]
 
 
 def _check_model(model: str) -> None:

@@ -28,7 +28,7 @@ def apply(state: State, result: StepDone, now: float) -> None:
     tokens = _check(result, record, slots)
     state.in_flight.popleft()
     pool.now_s = now
-    state.totals.end_step(now)
+    state.totals.end_step(num_requests=len(record.slots), now=now)
     state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=result.compute_s)
 
     # A request that ended or was preempted since has left its slot: its rows are dropped.
@@ -51,8 +51,8 @@ def apply(state: State, result: StepDone, now: float) -> None:
     positions = slots.num_tokens[sampled]
     slots.tokens[sampled, positions] = drawn
     slots.num_tokens[sampled] = positions + 1
+    state.totals.note_tokens(slots.last_token_s[sampled], now)
     slots.last_token_s[sampled] = now
-    state.totals.num_generated_tokens += len(sampled)
     first = sampled[np.isnan(slots.first_token_s[sampled])]
     slots.first_token_s[first] = now
 

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, assert_never
 
 import msgspec
@@ -21,6 +22,7 @@ from tokenloom.scheduler.core import admission, applying, crashes, planning
 from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
 from tokenloom.scheduler.core.load import LoadPace, load_of
+from tokenloom.scheduler.core.metering import samples_of
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
 from tokenloom.scheduler.core.watch import StallWatch, StepWatch
@@ -40,6 +42,7 @@ from tokenloom.scheduler.messages import (
     decode_from_front,
     encode,
 )
+from tokenloom.scheduler.samples import SampleFile
 from tokenloom.wire import codec
 from tokenloom.wire.messages import (
     PROTOCOL_VERSION,
@@ -109,6 +112,9 @@ class CoreLoop:
         self._watch = StepWatch(config.step_timeout_s)
         self._stalls = StallWatch()
         self._pace = LoadPace()
+        self._samples: SampleFile | None = None
+        if config.metrics_listen:
+            self._samples = SampleFile(Path(config.metrics_dir), "core")
         self._budget = crashes.CrashBudget(
             max_crashes=config.max_crashes, window_s=config.crash_window_s
         )
@@ -152,6 +158,7 @@ class CoreLoop:
             self._advance()
             if self._clock() >= self._pace.due_s:
                 self._tell_load()
+        self._write_samples(self._clock())
         self._shut_down_group()
 
     def _advance(self) -> None:
@@ -178,7 +185,15 @@ class CoreLoop:
         load = load_of(self._state)
         for identity in list(self._front_ids.values()):
             self._send_to_front(identity, load)
-        self._pace.tell(self._clock())
+        now = self._clock()
+        self._pace.tell(now)
+        if self._samples is not None and self._samples.is_due(now):
+            self._write_samples(now)
+
+    def _write_samples(self, now: float) -> None:
+        if self._samples is not None:
+            ranks = [rank.ready for rank in self._group.ranks if rank.ready is not None]
+            self._samples.write(samples_of(self._state, ranks), now)
 
     # Workers
 

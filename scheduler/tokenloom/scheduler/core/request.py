@@ -41,6 +41,8 @@ class Request:
     kv_block_s: float = 0.0
     """Blocks times how long it held them; while it runs, less what their meters showed when it
     took them."""
+    num_given: int = 0
+    """Completion tokens that it came with."""
     num_found: int = 0
     """Positions that it found in the prefix cache when it got its slot."""
     num_computed: int = 0

@@ -242,6 +242,7 @@ class State:
             priority=message.priority,
             tokens=tokens,
             num_prompt=num_prompt,
+            num_given=message.num_completion_tokens,
             max_total=num_prompt + message.max_tokens,
             sampling=message.sampling,
             digests=[root_digest(message.salt)],
@@ -313,25 +314,28 @@ class State:
             self.vacate(request, keep_blocks=reason is not FinishReason.FAULT)
         del self.requests[request.front, request.stream]
         self.suspects.pop(request.serial, None)
-        self.totals.num_finished += 1
         num_tokens = len(request.tokens) - request.num_prompt
-        self.outputs_of(request.front).finished.append(
-            Finished(
-                stream=request.stream,
-                reason=reason,
-                stop_token_id=stop_token_id,
-                num_completion_tokens=(
-                    num_tokens if num_completion_tokens is None else num_completion_tokens
-                ),
-                queue_s=_span(request.arrived_s, request.planned_s),
-                prefill_s=_span(request.planned_s, request.first_token_s),
-                decode_s=_span(request.first_token_s, request.last_token_s),
-                gpu_s=request.gpu_s,
-                kv_block_s=max(0.0, request.kv_block_s),
-                num_recomputed_tokens=request.num_recomputed,
-                num_preemptions=request.num_preemptions,
-            )
+        finished = Finished(
+            stream=request.stream,
+            reason=reason,
+            stop_token_id=stop_token_id,
+            num_completion_tokens=(
+                num_tokens if num_completion_tokens is None else num_completion_tokens
+            ),
+            queue_s=_span(request.arrived_s, request.planned_s),
+            prefill_s=_span(request.planned_s, request.first_token_s),
+            decode_s=_span(request.first_token_s, request.last_token_s),
+            gpu_s=request.gpu_s,
+            kv_block_s=max(0.0, request.kv_block_s),
+            num_recomputed_tokens=request.num_recomputed,
+            num_preemptions=request.num_preemptions,
         )
+        self.totals.finish(
+            finished,
+            tenant=request.tenant,
+            num_generated_tokens=num_tokens - request.num_given,
+        )
+        self.outputs_of(request.front).finished.append(finished)
 
     def check(self) -> list[str]:
         """Returns what is wrong with the state; empty is right."""
