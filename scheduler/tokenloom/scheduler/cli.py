@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.ports import shared_port
 from tokenloom.scheduler.supervise import Child, Restart, supervise
+from tokenloom.wire.logs import add_log_options, set_up_logs
 
 _MAX_SOCKET_PATH_BYTES = 107
 """What Linux takes as the path of a Unix socket."""
@@ -82,6 +82,11 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ),
     ("max_crashes", int, "losses of workers that are made good; one more ends the server"),
     ("crash_window_s", float, "seconds within which they count"),
+    (
+        "otlp_endpoint",
+        str,
+        "where spans go, such as http://localhost:4317 (default: where OTEL_… variables say)",
+    ),
 )
 _OTHER_HOSTS_OPTIONS = (
     ("workers_listen", "tcp://HOST:PORT", "where workers of other hosts join, encrypted by CURVE"),
@@ -130,8 +135,11 @@ def serve(argv: Sequence[str]) -> int:
     ]
     if args.no_cuda_graphs:
         worker_options.append("--no-cuda-graphs")
-    if args.spin_us is not None:
-        worker_options.append(f"--spin-us={args.spin_us}")
+    worker_options += [
+        f"{_flag(name)}={getattr(args, name)}"
+        for name in ("spin_us", "log_format", "log_level")
+        if getattr(args, name) != _DEFAULTS[name]
+    ]
     try:
         devices = _devices(args.device, args.tensor_parallel)
     except ConfigError as error:
@@ -215,6 +223,7 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             _flag(name), type=kind, default=_DEFAULTS[name], metavar=name.upper(), help=text
         )
+    add_log_options(parser)
     parser.add_argument(
         "--quantize-lm-head",
         action="store_true",
@@ -230,9 +239,7 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
     """Runs the scheduler, and a worker with each of the given options."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s", stream=sys.stderr
-    )
+    set_up_logs("serve", form=args.log_format, level=args.log_level)
     try:
         _check_model(args.model)
         with ExitStack() as held:
@@ -244,6 +251,8 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
                 run_dir=run_dir,
                 quantize_lm_head=args.quantize_lm_head,
                 prefix_cache=args.prefix_cache,
+                log_format=args.log_format,
+                log_level=args.log_level,
                 **given,
             )
             if config.num_fronts > 1:
