@@ -55,7 +55,7 @@ def set_up_logs(process: str, *, form: str, level: str, tells_errors: bool = Tru
     )
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=[stream], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[stream])
     logging.captureWarnings(True)
     sys.excepthook = _on_uncaught
     threading.excepthook = _on_uncaught_in_thread
