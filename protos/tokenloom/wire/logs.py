@@ -68,6 +68,10 @@ class _TextFormatter(logging.Formatter):
         super().__init__(f"%(asctime)s {process}[%(process)d] %(levelname)s %(message)s")
         self._tells_errors = tells_errors
 
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another handler's words about the same error
+        return super().format(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         line = super().formatMessage(record)
         told = "".join(f" {name}={value}" for name, value in _fields(record).items())
