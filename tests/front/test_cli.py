@@ -102,6 +102,9 @@ def test_every_field_of_the_configuration_has_an_option(
         "heartbeat_timeout_s": 3.5,
         "max_crashes": 0,
         "crash_window_s": 4.5,
+        "log_format": "json",
+        "log_level": "error",
+        "otlp_endpoint": "http://localhost:4317",
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
@@ -119,9 +122,11 @@ def test_every_field_of_the_configuration_has_an_option(
     assert host == "0.0.0.0"
     assert int(port) > 0  # known before two fronts share it
     for number in (1, 2):
-        assert started.argv(f"worker {number}")[-2:] == (
+        assert started.argv(f"worker {number}")[-4:] == (
             f"--device=cuda:{number - 1}",
             "--spin-us=123",
+            "--log-format=json",
+            "--log-level=error",
         )
     assert started.config.run_dir == str(run_dir)
 

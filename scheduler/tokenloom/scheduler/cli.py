@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
 import re
 import signal
@@ -21,8 +20,8 @@ from pathlib import Path
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.ports import shared_port
-from tokenloom.scheduler.samples import make_folder
 from tokenloom.scheduler.supervise import Child, Restart, supervise
+from tokenloom.wire.logs import add_log_options, set_up_logs
 
 _MAX_SOCKET_PATH_BYTES = 107
 """What Linux takes as the path of a Unix socket."""
@@ -85,6 +84,11 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("crash_window_s", float, "seconds within which they count"),
     ("metrics_listen", str, "where Prometheus finds metrics: HOST:PORT (default: nowhere)"),
     ("gpu_hour_price", float, "what an hour of one GPU costs; then costs have a price"),
+    (
+        "otlp_endpoint",
+        str,
+        "where spans go, such as http://localhost:4317 (default: where OTEL_… variables say)",
+    ),
 )
 _OTHER_HOSTS_OPTIONS = (
     ("workers_listen", "tcp://HOST:PORT", "where workers of other hosts join, encrypted by CURVE"),
@@ -133,8 +137,11 @@ def serve(argv: Sequence[str]) -> int:
     ]
     if args.no_cuda_graphs:
         worker_options.append("--no-cuda-graphs")
-    if args.spin_us is not None:
-        worker_options.append(f"--spin-us={args.spin_us}")
+    worker_options += [
+        f"{_flag(name)}={getattr(args, name)}"
+        for name in ("spin_us", "log_format", "log_level")
+        if getattr(args, name) != _DEFAULTS[name]
+    ]
     try:
         devices = _devices(args.device, args.tensor_parallel)
     except ConfigError as error:
@@ -218,6 +225,7 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             _flag(name), type=kind, default=_DEFAULTS[name], metavar=name.upper(), help=text
         )
+    add_log_options(parser)
     parser.add_argument(
         "--quantize-lm-head",
         action="store_true",
@@ -233,9 +241,7 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
     """Runs the scheduler, and a worker with each of the given options."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s", stream=sys.stderr
-    )
+    set_up_logs("serve", form=args.log_format, level=args.log_level)
     try:
         _check_model(args.model)
         with ExitStack() as held:
@@ -247,12 +253,14 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
                 run_dir=run_dir,
                 quantize_lm_head=args.quantize_lm_head,
                 prefix_cache=args.prefix_cache,
+                log_format=args.log_format,
+                log_level=args.log_level,
                 **given,
             )
             if config.num_fronts > 1:
                 listen = held.enter_context(shared_port(config.listen))
                 config = replace(config, listen=listen)
-            make_folder(Path(config.metrics_dir))
+            _make_metrics_dir(Path(config.metrics_dir))
             python = (sys.executable, "-m", "tokenloom.worker")
             connect = f"--connect={config.worker_endpoint}"
             return supervise(stages(config, [(*python, connect, *each) for each in workers]))
@@ -333,6 +341,13 @@ def _run_dir(given: str | None) -> Iterator[str]:
             f"at most {_MAX_SOCKET_PATH_BYTES} work"
         )
     yield str(folder)
+
+
+def _make_metrics_dir(folder: Path) -> None:
+    """Makes the folder where processes write what they measure, without what others left there."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def _refuse(message: str) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from tokenloom.wire.logs import LOG_FORMATS, LOG_LEVELS
+
 QUANTIZE_NAMES = ("none", "nf4", "fp4", "int8")
 KV_CACHE_NAMES = ("auto", "fp8")
 
@@ -27,6 +29,12 @@ _LEAST = {
 }
 """The least value of each field that has one."""
 _PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):[0-9]{1,5}")
+_CHOICES = {
+    "quantize": QUANTIZE_NAMES,
+    "kv_cache": KV_CACHE_NAMES,
+    "log_format": LOG_FORMATS,
+    "log_level": LOG_LEVELS,
+}
 _DURATIONS = ("step_timeout_s", "heartbeat_timeout_s", "crash_window_s")
 
 
@@ -99,6 +107,12 @@ class SchedulerConfig:
     are served."""
     gpu_hour_price: float | None = None
     """What an hour of one GPU costs, in any currency; None: costs are told without a price."""
+    log_format: str = "text"
+    """`text` for people, `json` for programs."""
+    log_level: str = "info"
+    """The least that is logged: `debug`, `info`, `warning` or `error`."""
+    otlp_endpoint: str = ""
+    """Where spans go, by OTLP over gRPC; empty: where OpenTelemetry's own variables say."""
 
     def __post_init__(self) -> None:
         for least, names in _LEAST.items():
@@ -110,17 +124,14 @@ class SchedulerConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; it must be a positive number")
-        if self.quantize not in QUANTIZE_NAMES:
-            raise ConfigError(
-                f"quantize is {self.quantize!r}; it must be one of {', '.join(QUANTIZE_NAMES)}"
-            )
+        for name, names in _CHOICES.items():
+            if getattr(self, name) not in names:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(names)}"
+                )
         if not 0 <= self.int8_threshold < math.inf:
             raise ConfigError(
                 f"int8_threshold is {self.int8_threshold}; it must be 0 or a positive number"
-            )
-        if self.kv_cache not in KV_CACHE_NAMES:
-            raise ConfigError(
-                f"kv_cache is {self.kv_cache!r}; it must be one of {', '.join(KV_CACHE_NAMES)}"
             )
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_num_requests:
             raise ConfigError(

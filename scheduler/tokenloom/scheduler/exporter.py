@@ -41,6 +41,7 @@ from tokenloom.scheduler.samples import (
     number,
     read_all,
 )
+from tokenloom.wire.logs import set_up_logs
 
 STALE_S = 5.0
 """Who has not written for so long is gone or stands still: its gauges are not true any more."""
@@ -136,16 +137,12 @@ def priced(samples: Iterable[Sample], gpu_hour_price: float) -> list[Sample]:
 
 def main(argv: Sequence[str]) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit code."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s exporter %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before there are threads
     try:
         (text,) = argv
         config = SchedulerConfig.from_json(text)
+        set_up_logs("exporter", form=config.log_format, level=config.log_level)
         address = _serve(config)
     except (ConfigError, ValueError) as error:
         sys.stderr.write(f"exporter cannot start: {error}\n")

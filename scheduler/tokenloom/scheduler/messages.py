@@ -206,6 +206,8 @@ class Outputs(_Message, frozen=True):
     logprobs: tuple[TokenLogprobs, ...]
     """`row` is an index into `tokens`."""
     finished: tuple[Finished, ...]
+    preempted: tuple[int, ...] = ()
+    """Streams whose requests lost their slots and wait again."""
 
 
 class Pulse(_Message, frozen=True):

@@ -120,13 +120,6 @@ def read_all(folder: Path) -> Iterator[Samples]:
             yield found
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder of a server that starts; what another one left there is removed."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
-
-
 def _read(path: Path) -> Samples | None:
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=Samples)

@@ -124,6 +124,7 @@ class FrontOutputs:
     num_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
 
     def packed(self) -> Outputs:
         """Returns the message that tells the front all of it."""
@@ -134,6 +135,7 @@ class FrontOutputs:
             tokens=b"".join(part.tobytes() for part in self.tokens),
             logprobs=tuple(self.logprobs),
             finished=tuple(self.finished),
+            preempted=tuple(self.preempted),
         )
 
 

@@ -180,6 +180,19 @@ class CoreLink:
         for admitted in outputs.admitted:
             if (stream := streams.get(admitted.stream)) is not None:
                 stream.admit(admitted.num_cached_tokens)
+        for number in outputs.preempted:
+            if (stream := streams.get(number)) is not None:
+                stream.preempt()
+        self._push_tokens(outputs)
+        for finished in outputs.finished:
+            if (stream := streams.get(finished.stream)) is not None:
+                try:
+                    stream.finish(finished)
+                except Exception as error:  # noqa: BLE001 - one stream's error never ends another
+                    stream.fail(fault_of(error))
+
+    def _push_tokens(self, outputs: Outputs) -> None:
+        streams = self._streams
         logprobs = {entry.row: entry for entry in outputs.logprobs}
         numbers = np.frombuffer(outputs.streams, "<i8").tolist()
         tokens = np.frombuffer(outputs.tokens, "<i4").tolist()
@@ -189,14 +202,8 @@ class CoreLink:
                 continue  # left while the token was under way
             try:
                 stream.push(token, logprobs.get(row))
-            except Exception as error:  # noqa: BLE001 - one stream's error never ends another
+            except Exception as error:  # noqa: BLE001 - as above
                 stream.fail(fault_of(error))
-        for finished in outputs.finished:
-            if (stream := streams.get(finished.stream)) is not None:
-                try:
-                    stream.finish(finished)
-                except Exception as error:  # noqa: BLE001 - as above
-                    stream.fail(fault_of(error))
 
     def _read_monitor(self) -> None:
         while not self._monitor.closed and self._monitor.poll(0):

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -18,8 +19,14 @@ from grpc_reflection.v1alpha import reflection
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
+from tokenloom.scheduler.front.journal import Journal, Spans
 from tokenloom.scheduler.front.link import CoreLink
-from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
+from tokenloom.scheduler.front.servicer import (
+    MESSAGE_LIMIT_BYTES,
+    SERVER_VERSION,
+    SERVICE_NAME,
+    InferenceServicer,
+)
 from tokenloom.scheduler.front.text import TextModel
 from tokenloom.scheduler.messages import ModelReady
 from tokenloom.scheduler.ports import check_free
@@ -55,7 +62,8 @@ class FrontServer:
         self._link = CoreLink(
             config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
         )
-        self._servicer = InferenceServicer(config, text, self._link)
+        self._journal = Journal(_spans(config))
+        self._servicer = InferenceServicer(config, text, self._link, self._journal)
         self._health_task: asyncio.Task[None] | None = None
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
@@ -93,6 +101,7 @@ class FrontServer:
         await self._server.stop(_LAST_CALLS_S)
         self._link.close()
         self._text.close()
+        self._journal.close()
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model
@@ -121,6 +130,7 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
     loop.add_signal_handler(signal.SIGTERM, on_term)
     for number in (signal.SIGINT, signal.SIGUSR1):
         loop.add_signal_handler(number, on_hurry)
+    loop.set_exception_handler(_on_loop_error)
     server = FrontServer(config, text)
     try:
         await server.start()
@@ -129,6 +139,37 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
         await _drain(server, 0.0 if hurry.is_set() else config.grace_s, hurry)
     finally:
         await server.stop()
+
+
+def _on_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs what nobody awaited, but not what it was called with: that may be a prompt."""
+    _log.error("an error reached the event loop", exc_info=context.get("exception"))
+
+
+def _spans(config: SchedulerConfig) -> Spans | None:
+    """Returns where spans go, if they go anywhere. Raises ConfigError if they cannot."""
+    if not config.otlp_endpoint and not _is_asked_for_spans():
+        return None
+    try:
+        # Optional, and nothing that a front without it should load.
+        from tokenloom.scheduler.front.tracing import Tracing  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        lack = f"{error.name} is not installed; `pip install tokenloom-scheduler[otel]` brings it"
+        if config.otlp_endpoint:
+            raise ConfigError(f"otlp_endpoint is {config.otlp_endpoint}, but {lack}") from error
+        _log.warning("no spans are sent: %s", lack)
+        return None
+    return Tracing(endpoint=config.otlp_endpoint, model=config.name, version=SERVER_VERSION)
+
+
+def _is_asked_for_spans() -> bool:
+    """Returns whether OpenTelemetry's variables name a place for spans and turn nothing off."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    is_off = (
+        os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+        or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    )
+    return any(os.environ.get(name) for name in names) and not is_off
 
 
 def _start_told(model: ModelReady) -> str:

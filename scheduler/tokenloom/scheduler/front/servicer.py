@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +28,9 @@ from tokenloom.scheduler.front.errors import (
     abort,
     fault_of,
 )
+from tokenloom.scheduler.front.journal import Journal
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.record import Record
 from tokenloom.scheduler.front.responses import (
     Call,
     admission_response,
@@ -69,10 +70,13 @@ _Request = TypeVar("_Request", bound=Message)
 class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
-    def __init__(self, config: SchedulerConfig, text: TextModel, link: CoreLink) -> None:
+    def __init__(
+        self, config: SchedulerConfig, text: TextModel, link: CoreLink, journal: Journal
+    ) -> None:
         self._config = config
         self._text = text
         self._link = link
+        self._journal = journal
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
@@ -146,19 +150,19 @@ class InferenceServicer:
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Generate": grpc.unary_stream_rpc_method_handler(
-                    _bounded(pb.GenerateRequest, self.generate)
-                ),
-                "Tokenize": unary(_bounded(pb.TokenizeRequest, self.tokenize)),
-                "Detokenize": unary(_bounded(pb.DetokenizeRequest, self.detokenize)),
-                "GetModel": unary(_bounded(pb.GetModelRequest, self.get_model)),
+                "Generate": grpc.unary_stream_rpc_method_handler(_bounded(self.generate)),
+                "Tokenize": unary(_bounded(_parsed(pb.TokenizeRequest, self.tokenize))),
+                "Detokenize": unary(_bounded(_parsed(pb.DetokenizeRequest, self.detokenize))),
+                "GetModel": unary(_bounded(_parsed(pb.GetModelRequest, self.get_model))),
             },
         )
 
-    async def generate(self, request: pb.GenerateRequest, context: _Context) -> None:
-        """Streams one completion."""
+    async def generate(self, data: bytes, context: _Context) -> None:
+        """Streams one completion. Whatever comes of the call stands in the journal."""
         async with self._running():
-            await self._generate(request, context)
+            with self._journal.entry(context) as record:
+                request = _parse(pb.GenerateRequest, data)
+                await self._generate(request, context, record)
 
     async def tokenize(self, request: pb.TokenizeRequest, _: _Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
@@ -181,20 +185,25 @@ class InferenceServicer:
             max_model_tokens=limits.max_model_tokens,
             eos_token_ids=limits.eos_token_ids,
             has_chat_template=limits.has_chat_template,
-            server_version=_SERVER_VERSION,
+            server_version=SERVER_VERSION,
             fingerprint=self._fingerprint,
         )
 
     # A stream --------------------------------------------------------------------------------
 
-    async def _generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+    async def _generate(
+        self, request: pb.GenerateRequest, context: _Context, record: Record
+    ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
         tokens = await self._tokens(spec.prompt)
         max_tokens = fit(spec, len(tokens), self._limits())  # they may have changed meanwhile
-        stream = self._stream(spec)
+        stream = self._stream(spec, record)
+        record.is_chat = isinstance(spec.prompt, ChatPrompt)
+        record.num_prompt_tokens, record.max_tokens = len(tokens), max_tokens
+        record.sampling, record.stream = spec.sampling, stream
         call = Call(
-            request_id=uuid.uuid4().hex,
+            request_id=record.request_id,
             seed=spec.sampling.seed,
             num_prompt_tokens=len(tokens),
             max_tokens=max_tokens,
@@ -251,7 +260,7 @@ class InferenceServicer:
         finish = finish_response(call, end, num_cached_tokens=num_cached_tokens)
         await stream.write(context.write(finish.SerializeToString()))
 
-    def _stream(self, spec: GenerateSpec) -> Stream:
+    def _stream(self, spec: GenerateSpec, record: Record) -> Stream:
         return Stream(
             number=next(self._numbers),
             detokenizer=self._text.detokenizer(skip_special_tokens=spec.skip_special_tokens),
@@ -260,6 +269,7 @@ class InferenceServicer:
             stop_token_ids=frozenset(spec.sampling.stop_token_ids),
             max_buffer_tokens=self._config.max_stream_buffer_tokens,
             on_stop=self._link.stop,
+            on_event=record.mark,
         )
 
     async def _tokens(self, prompt: Prompt) -> NDArray[np.int32]:
@@ -279,14 +289,13 @@ class InferenceServicer:
 
 
 def _bounded(
-    request_type: type[_Request],
-    serve: Callable[[_Request, _Context], Awaitable[Message | None]],
+    serve: Callable[[bytes, _Context], Awaitable[Message | None]],
 ) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
     """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
 
     async def call(data: bytes, context: _Context) -> bytes | None:
         try:
-            response = await serve(_parse(request_type, data), context)
+            response = await serve(data, context)
         except RequestError as error:
             refusal = error
         except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
@@ -296,6 +305,17 @@ def _bounded(
         else:
             return None if response is None else response.SerializeToString()
         return await abort(context, refusal)
+
+    return call
+
+
+def _parsed(
+    request_type: type[_Request], serve: Callable[[_Request, _Context], Awaitable[Message]]
+) -> Callable[[bytes, _Context], Awaitable[Message]]:
+    """Returns a call that takes its request as bytes."""
+
+    async def call(data: bytes, context: _Context) -> Message:
+        return await serve(_parse(request_type, data), context)
 
     return call
 
@@ -316,4 +336,4 @@ def _server_version() -> str:
         return "checkout"
 
 
-_SERVER_VERSION = _server_version()
+SERVER_VERSION = _server_version()
