@@ -12,7 +12,7 @@ UNPACKED = Path(sys.prefix) / "prometheus/usr/bin"
 
 
 def prometheus_program(name: str) -> str:
-    """Returns the path of `prometheus` or `promtool`; without it the test is skipped, in CI fails."""
+    """Returns the path of `prometheus` or `promtool`; without it a test is skipped."""
     path = shutil.which(name) or shutil.which(name, path=UNPACKED)
     if path is None and os.environ.get("CI"):
         pytest.fail(f"{name} is neither on the PATH nor in {UNPACKED}; `make test` puts it there")

@@ -35,12 +35,8 @@ def test_rules_fire_when_they_should_and_only_then() -> None:
 
 def test_every_alert_is_seen_firing_in_a_unit_test() -> None:
     tests = yaml.safe_load(UNIT_TESTS.read_text())["tests"]
-    fired = {
-        case["alertname"]
-        for test in tests
-        for case in test["alert_rule_test"]
-        if case["exp_alerts"]
-    }
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    fired = {case["alertname"] for case in cases if case["exp_alerts"]}
     assert fired == {alert["alert"] for alert in alerts()}
 
 

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.architecture.repository import PARTS, ROOT, project
+from tests.architecture.repository import ROOT, project
 from tests.architecture.test_parts import pins
 from tests.deploy.dockerfile import Stage, copied, read_stages
 
@@ -134,10 +134,8 @@ def test_install_steps_of_the_scheduler_make_an_environment_that_works(tmp_path:
     assert "scheduler  from tokenloom-scheduler" in run(binaries / "tokenloom", "--help")
     assert "--run-dir" in run(binaries / "tokenloom", "scheduler", "--help")
     run(binaries / "python", "-c", "import tokenloom.scheduler.front.server")
-    found = run(
-        binaries / "python", "-c", "import importlib.util as u; print(u.find_spec('torch'))"
-    )
-    assert found == "None\n"
+    script = "import importlib.util; print(importlib.util.find_spec('torch'))"
+    assert run(binaries / "python", "-c", script) == "None\n"
 
 
 def run(*command: str | Path) -> str:
