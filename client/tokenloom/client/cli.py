@@ -1,6 +1,6 @@
 """The `tokenloom` command.
 
-`generate`, `chat` and `bench` are its own. Every other command comes from a part that is
+`generate`, `chat`, `bench` and `health` are its own. Every other command comes from a part that is
 installed beside the client and names it as an entry point of the group
 `tokenloom.commands`: a callable that takes the rest of the command line and
 returns the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
@@ -23,6 +23,7 @@ from typing import cast
 from tokenloom.client.chat import ChatSession, describe, interrupt_cancels
 from tokenloom.client.client import Client, Stream
 from tokenloom.client.errors import Cancelled, TokenloomError
+from tokenloom.client.health import health
 from tokenloom.client.requests import Message, Options
 
 _GROUP = "tokenloom.commands"
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": generate,
         "chat": chat,
         "bench": bench,
+        "health": health,
     }
     if not arguments:
         print(_overview(), file=sys.stderr)
@@ -227,6 +229,7 @@ def _overview() -> str:
         "  generate   complete a prompt and print the text as it comes",
         "  chat       chat with the served model",
         "  bench      load a server and report what its clients see",
+        "  health     ask a server whether it serves, for probes",
     ]
     installed = _installed_commands()
     for name, entry in sorted(installed.items()):
@@ -242,7 +245,9 @@ def _overview() -> str:
 def _missing(name: str) -> str:
     """Returns what to do about a command that is not there."""
     if name not in _KNOWN:
-        known = ", ".join(sorted({"generate", "chat", "bench", *_KNOWN, *_installed_commands()}))
+        known = ", ".join(
+            sorted({"generate", "chat", "bench", "health", *_KNOWN, *_installed_commands()})
+        )
         return f"there is no command {name!r}; there are {known}"
     part, command = _KNOWN[name]
     if importlib.util.find_spec(f"tokenloom.{part}") is not None:
