@@ -1,6 +1,6 @@
 """The `tokenloom` command.
 
-`generate`, `chat` and `bench` are its own. Every other command comes from a part that is
+`generate`, `chat`, `bench` and `top` are its own. Every other command comes from a part that is
 installed beside the client and names it as an entry point of the group
 `tokenloom.commands`: a callable that takes the rest of the command line and
 returns the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": generate,
         "chat": chat,
         "bench": bench,
+        "top": top,
     }
     if not arguments:
         print(_overview(), file=sys.stderr)
@@ -130,6 +131,13 @@ def chat(argv: list[str]) -> int:
 def bench(argv: list[str]) -> int:
     """`tokenloom bench`: loads a server and reports what its clients see."""
     from tokenloom.client.bench.cli import main as run
+
+    return run(argv)
+
+
+def top(argv: list[str]) -> int:
+    """`tokenloom top TARGET…`: what replicas are busy with, live."""
+    from tokenloom.client.top.cli import main as run
 
     return run(argv)
 
@@ -227,6 +235,7 @@ def _overview() -> str:
         "  generate   complete a prompt and print the text as it comes",
         "  chat       chat with the served model",
         "  bench      load a server and report what its clients see",
+        "  top        watch what replicas are busy with",
     ]
     installed = _installed_commands()
     for name, entry in sorted(installed.items()):
@@ -242,7 +251,9 @@ def _overview() -> str:
 def _missing(name: str) -> str:
     """Returns what to do about a command that is not there."""
     if name not in _KNOWN:
-        known = ", ".join(sorted({"generate", "chat", "bench", *_KNOWN, *_installed_commands()}))
+        known = ", ".join(
+            sorted({"generate", "chat", "bench", "top", *_KNOWN, *_installed_commands()})
+        )
         return f"there is no command {name!r}; there are {known}"
     part, command = _KNOWN[name]
     if importlib.util.find_spec(f"tokenloom.{part}") is not None:
