@@ -133,17 +133,17 @@ def test_events_of_a_call_are_bounded() -> None:
 
 def test_spans_go_nowhere_unless_somebody_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    assert server._spans(CONFIG) is None
+    assert server._traces(CONFIG) is None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    spans = server._spans(CONFIG)
+    spans = server._traces(CONFIG)
     assert spans is not None
     spans.close()
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert server._spans(CONFIG) is None
+    assert server._traces(CONFIG) is None
 
 
 def test_an_endpoint_without_opentelemetry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenloom.scheduler.front.tracing", None)
     config = SchedulerConfig(model="m", run_dir="/nowhere", otlp_endpoint="http://localhost:4317")
     with pytest.raises(ConfigError, match=r"tokenloom-scheduler\[otel\]"):
-        server._spans(config)
+        server._traces(config)

@@ -20,8 +20,8 @@ from tokenloom.scheduler.front.record import Record, TraceParent
 _log = logging.getLogger("tokenloom.requests")
 
 
-class Spans(Protocol):
-    """Where spans go."""
+class Traces(Protocol):
+    """Where trace spans go."""
 
     def tell(self, record: Record) -> None:
         """Makes a span of a call that is over, and notes its ids in the record."""
@@ -33,8 +33,8 @@ class Spans(Protocol):
 class Journal:
     """The calls of one front."""
 
-    def __init__(self, spans: Spans | None) -> None:
-        self._spans = spans
+    def __init__(self, traces: Traces | None) -> None:
+        self._traces = traces
 
     @contextmanager
     def entry(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Iterator[Record]:
@@ -61,15 +61,15 @@ class Journal:
 
     def close(self) -> None:
         """Sends what has not been sent."""
-        if self._spans is not None:
-            self._spans.close()
+        if self._traces is not None:
+            self._traces.close()
 
     def _tell(self, record: Record) -> None:
         record.ended_s = time.monotonic()
         if record.parent is not None:
             record.trace_id = f"{record.parent.trace_id:032x}"
-        if self._spans is not None:
-            self._spans.tell(record)
+        if self._traces is not None:
+            self._traces.tell(record)
         if _log.isEnabledFor(logging.INFO):
             _log.info("request ended", extra={"fields": record.fields()})
 

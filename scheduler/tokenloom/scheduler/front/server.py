@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
-from tokenloom.scheduler.front.journal import Journal, Spans
+from tokenloom.scheduler.front.journal import Journal, Traces
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import (
     MESSAGE_LIMIT_BYTES,
@@ -62,7 +62,7 @@ class FrontServer:
         self._link = CoreLink(
             config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
         )
-        self._journal = Journal(_spans(config))
+        self._journal = Journal(_traces(config))
         self._servicer = InferenceServicer(config, text, self._link, self._journal)
         self._health_task: asyncio.Task[None] | None = None
         self._has_served = False
@@ -146,9 +146,9 @@ def _on_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
     _log.error("an error reached the event loop", exc_info=context.get("exception"))
 
 
-def _spans(config: SchedulerConfig) -> Spans | None:
-    """Returns where spans go, if they go anywhere. Raises ConfigError if they cannot."""
-    if not config.otlp_endpoint and not _is_asked_for_spans():
+def _traces(config: SchedulerConfig) -> Traces | None:
+    """Returns where trace spans go, if they go anywhere. Raises ConfigError if they cannot."""
+    if not config.otlp_endpoint and not _are_asked_for():
         return None
     try:
         # Optional, and nothing that a front without it should load.
@@ -162,7 +162,7 @@ def _spans(config: SchedulerConfig) -> Spans | None:
     return Tracing(endpoint=config.otlp_endpoint, model=config.name, version=SERVER_VERSION)
 
 
-def _is_asked_for_spans() -> bool:
+def _are_asked_for() -> bool:
     """Returns whether OpenTelemetry's variables name a place for spans and turn nothing off."""
     names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     is_off = (
