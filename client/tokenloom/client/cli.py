@@ -1,7 +1,7 @@
 """The `tokenloom` command.
 
-`generate`, `chat`, `bench` and `top` are its own. Every other command comes from a part that is
-installed beside the client and names it as an entry point of the group
+`generate`, `chat`, `bench`, `top` and `health` are its own. Every other command comes from a
+part that is installed beside the client and names it as an entry point of the group
 `tokenloom.commands`: a callable that takes the rest of the command line and
 returns the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
 is wrong, 130 interrupted.
@@ -23,6 +23,7 @@ from typing import cast
 from tokenloom.client.chat import ChatSession, describe, interrupt_cancels
 from tokenloom.client.client import Client, Stream
 from tokenloom.client.errors import Cancelled, TokenloomError
+from tokenloom.client.health import health
 from tokenloom.client.requests import Message, Options
 
 _GROUP = "tokenloom.commands"
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "chat": chat,
         "bench": bench,
         "top": top,
+        "health": health,
     }
     if not arguments:
         print(_overview(), file=sys.stderr)
@@ -236,6 +238,7 @@ def _overview() -> str:
         "  chat       chat with the served model",
         "  bench      load a server and report what its clients see",
         "  top        watch what replicas are busy with",
+        "  health     ask a server whether it serves, for probes",
     ]
     installed = _installed_commands()
     for name, entry in sorted(installed.items()):
@@ -252,7 +255,7 @@ def _missing(name: str) -> str:
     """Returns what to do about a command that is not there."""
     if name not in _KNOWN:
         known = ", ".join(
-            sorted({"generate", "chat", "bench", "top", *_KNOWN, *_installed_commands()})
+            sorted({"generate", "chat", "bench", "top", "health", *_KNOWN, *_installed_commands()})
         )
         return f"there is no command {name!r}; there are {known}"
     part, command = _KNOWN[name]

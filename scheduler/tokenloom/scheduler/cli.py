@@ -82,6 +82,8 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ),
     ("max_crashes", int, "losses of workers that are made good; one more ends the server"),
     ("crash_window_s", float, "seconds within which they count"),
+    ("metrics_listen", str, "where Prometheus finds metrics: HOST:PORT (default: nowhere)"),
+    ("gpu_hour_price", float, "what an hour of one GPU costs; then costs have a price"),
     (
         "otlp_endpoint",
         str,
@@ -258,6 +260,7 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
             if config.num_fronts > 1:
                 listen = held.enter_context(shared_port(config.listen))
                 config = replace(config, listen=listen)
+            _make_metrics_dir(Path(config.metrics_dir))
             python = (sys.executable, "-m", "tokenloom.worker")
             connect = f"--connect={config.worker_endpoint}"
             return supervise(stages(config, [(*python, connect, *each) for each in workers]))
@@ -293,7 +296,13 @@ def stages(config: SchedulerConfig, workers: Sequence[tuple[str, ...]]) -> list[
         )
         for number, argv in enumerate(workers, start=1)
     ]
-    return [fronts, [core], ranks]
+    exporter = Child(
+        name="exporter",
+        argv=(*python, "tokenloom.scheduler.exporter", config.to_json()),
+        stop_s=_STOP_S,
+        restart=Restart.ALONE,
+    )
+    return [fronts, [core], ranks, [exporter] if config.metrics_listen else []]
 
 
 def _check_model(model: str) -> None:
@@ -332,6 +341,13 @@ def _run_dir(given: str | None) -> Iterator[str]:
             f"at most {_MAX_SOCKET_PATH_BYTES} work"
         )
     yield str(folder)
+
+
+def _make_metrics_dir(folder: Path) -> None:
+    """Makes the folder where processes write what they measure, without what others left there."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def _refuse(message: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ _LEAST = {
     2: ("max_model_tokens",),
 }
 """The least value of each field that has one."""
+_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):[0-9]{1,5}")
 _CHOICES = {
     "quantize": QUANTIZE_NAMES,
     "kv_cache": KV_CACHE_NAMES,
@@ -100,6 +102,11 @@ class SchedulerConfig:
     max_crashes: int = 3
     """Losses of workers within `crash_window_s`; one more ends the server."""
     crash_window_s: float = 600.0
+    metrics_listen: str = ""
+    """`HOST:PORT` where Prometheus finds metrics, unencrypted; port 0 picks a free one; empty: none
+    are served."""
+    gpu_hour_price: float | None = None
+    """What an hour of one GPU costs, in any currency; None: costs are told without a price."""
     log_format: str = "text"
     """`text` for people, `json` for programs."""
     log_level: str = "info"
@@ -132,6 +139,7 @@ class SchedulerConfig:
                 f"max_num_requests ({self.max_num_requests}): each running request takes one a step"
             )
         self._check_workers()
+        self._check_metrics()
         if self.num_fronts > 1 and self.listen.startswith("unix:"):
             raise ConfigError(
                 f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
@@ -151,6 +159,15 @@ class SchedulerConfig:
                 f"workers_listen is {self.workers_listen!r}; it must be tcp://HOST:PORT"
             )
 
+    def _check_metrics(self) -> None:
+        """Raises ConfigError unless metrics have an address, or none, and an hour a price."""
+        if self.metrics_listen and not _PORT.fullmatch(self.metrics_listen):
+            raise ConfigError(f"metrics_listen is {self.metrics_listen!r}; it must be HOST:PORT")
+        if self.gpu_hour_price is not None and not 0 <= self.gpu_hour_price < math.inf:
+            raise ConfigError(
+                f"gpu_hour_price is {self.gpu_hour_price}; it must be 0 or a positive number"
+            )
+
     @property
     def name(self) -> str:
         """The name told to clients."""
@@ -165,6 +182,11 @@ class SchedulerConfig:
     def core_endpoint(self) -> str:
         """Where fronts connect to the core."""
         return f"ipc://{self.run_dir}/core.sock"
+
+    @property
+    def metrics_dir(self) -> str:
+        """Where the processes write what they measure."""
+        return f"{self.run_dir}/metrics"
 
     def to_json(self) -> str:
         """Returns the configuration as a child process takes it on its command line."""

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import grpc.aio
 
+from tokenloom.scheduler.front.counts import CallCounts
 from tokenloom.scheduler.front.errors import RequestError, ServerFault, fault_of
-from tokenloom.scheduler.front.record import Record, TraceParent
+from tokenloom.scheduler.front.record import Event, Record, TraceParent
 
 _log = logging.getLogger("tokenloom.requests")
 
@@ -33,8 +34,9 @@ class Traces(Protocol):
 class Journal:
     """The calls of one front."""
 
-    def __init__(self, traces: Traces | None) -> None:
+    def __init__(self, traces: Traces | None, counts: CallCounts) -> None:
         self._traces = traces
+        self._counts = counts
 
     @contextmanager
     def entry(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Iterator[Record]:
@@ -59,6 +61,12 @@ class Journal:
         finally:
             self._tell(record)
 
+    def mark(self, record: Record, event: Event) -> None:
+        """Notes that something happened to a call, now."""
+        record.mark(event)
+        if event is Event.FIRST_TOKEN:
+            self._counts.first_token(record)
+
     def close(self) -> None:
         """Sends what has not been sent."""
         if self._traces is not None:
@@ -66,6 +74,7 @@ class Journal:
 
     def _tell(self, record: Record) -> None:
         record.ended_s = time.monotonic()
+        self._counts.end(record)
         if record.parent is not None:
             record.trace_id = f"{record.parent.trace_id:032x}"
         if self._traces is not None:

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.front.counts import CallCounts, CountsFile
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
 from tokenloom.scheduler.front.journal import Journal, Traces
@@ -62,9 +63,14 @@ class FrontServer:
         self._link = CoreLink(
             config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
         )
-        self._journal = Journal(_traces(config))
+        counts = CallCounts()
+        self._journal = Journal(_traces(config), counts)
         self._servicer = InferenceServicer(config, text, self._link, self._journal)
-        self._health_task: asyncio.Task[None] | None = None
+        self._counts_file: CountsFile | None = None
+        if config.metrics_listen:
+            folder = Path(config.metrics_dir)
+            self._counts_file = CountsFile(folder, counts, lambda: self._health.is_ready)
+        self._tasks: list[asyncio.Task[None]] = []
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
@@ -84,7 +90,9 @@ class FrontServer:
         self.address = _bind(self._server, self._config.listen)
         await self._server.start()
         self._link.open()
-        self._health_task = asyncio.create_task(self._health.follow(self._link.ping))
+        self._tasks.append(asyncio.create_task(self._health.follow(self._link.ping)))
+        if self._counts_file is not None:
+            self._tasks.append(asyncio.create_task(self._counts_file.follow()))
         _write_address(Path(self._config.run_dir), self.address)
         _log.info("listening on %s", self.address)
 
@@ -96,11 +104,13 @@ class FrontServer:
     async def stop(self) -> None:
         """Ends what is left and closes everything."""
         (Path(self._config.run_dir) / "address").unlink(missing_ok=True)
-        if self._health_task is not None:
-            self._health_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._server.stop(_LAST_CALLS_S)
         self._link.close()
         self._text.close()
+        if self._counts_file is not None:
+            self._counts_file.write()
         self._journal.close()
 
     def _on_model(self, model: ModelReady | Absence) -> None:

@@ -7,6 +7,7 @@ import itertools
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias, TypeVar, assert_never
 
@@ -257,7 +258,12 @@ class InferenceServicer:
                     await stream.write(context.write(delta.SerializeToString()))
                 if piece.pauses:
                     await stream.write(context.write(pause_response().SerializeToString()))
-        finish = finish_response(call, end, num_cached_tokens=num_cached_tokens)
+        finish = finish_response(
+            call,
+            end,
+            num_cached_tokens=num_cached_tokens,
+            gpu_hour_price=self._config.gpu_hour_price,
+        )
         await stream.write(context.write(finish.SerializeToString()))
 
     def _stream(self, spec: GenerateSpec, record: Record) -> Stream:
@@ -269,7 +275,7 @@ class InferenceServicer:
             stop_token_ids=frozenset(spec.sampling.stop_token_ids),
             max_buffer_tokens=self._config.max_stream_buffer_tokens,
             on_stop=self._link.stop,
-            on_event=record.mark,
+            on_event=partial(self._journal.mark, record),
         )
 
     async def _tokens(self, prompt: Prompt) -> NDArray[np.int32]:
