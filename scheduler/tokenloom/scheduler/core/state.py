@@ -95,6 +95,8 @@ class Request:
     digests: list[bytes]
     """The root digest, then one for each full block known so far."""
     arrived_s: float
+    request_id: str = ""
+    """What operators name it by."""
     planned_s: float | None = None
     """When it first got a slot."""
     first_token_s: float | None = None
@@ -226,6 +228,8 @@ class State:
         self.next_serial = 1
         self.next_tenure = 1
         self.num_preemptions = 0
+        self.is_draining = False
+        """Whether an operator wants no new requests any more."""
         self.admission_interval_s: float | None = None
         """Moving average of the time between admissions, for push-back."""
         self.last_admission_s: float | None = None

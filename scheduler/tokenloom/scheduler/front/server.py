@@ -21,7 +21,7 @@ from tokenloom.scheduler.front.health import Health
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
 from tokenloom.scheduler.front.text import TextModel
-from tokenloom.scheduler.messages import ModelReady
+from tokenloom.scheduler.messages import Draining, ModelReady
 from tokenloom.scheduler.ports import check_free
 from tokenloom.wire.started import process_start_s
 
@@ -53,7 +53,10 @@ class FrontServer:
         self._text = text
         self._health = Health((SERVICE_NAME,), timeout_s=config.heartbeat_timeout_s)
         self._link = CoreLink(
-            config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
+            config.core_endpoint,
+            on_model=self._on_model,
+            on_pulse=self._health.feel,
+            on_draining=self._on_draining,
         )
         self._servicer = InferenceServicer(config, text, self._link)
         self._health_task: asyncio.Task[None] | None = None
@@ -82,7 +85,8 @@ class FrontServer:
 
     async def drain(self, grace_s: float) -> None:
         """Tells health checks, refuses new requests, lets running ones finish."""
-        await self._health.drain()
+        self._health.drain()
+        await self._health.tell()
         await self._servicer.drain(grace_s)
 
     async def stop(self) -> None:
@@ -93,6 +97,12 @@ class FrontServer:
         await self._server.stop(_LAST_CALLS_S)
         self._link.close()
         self._text.close()
+
+    def _on_draining(self, draining: Draining) -> None:
+        self._servicer.refuse_all()
+        self._health.drain()
+        if draining.ends:
+            self._servicer.end_all()
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model
