@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ class SchedulerConfig:
     """Name told to clients; empty: the last part of `model`."""
     listen: str = "127.0.0.1:50051"
     """Address of the gRPC server; `unix:PATH` is a Unix socket; port 0 picks a free one."""
+    admin_listen: str = ""
+    """Address of the operators' service, as `listen`; empty: there is none. Only this host
+    reaches it, for it asks nobody who he is."""
     num_fronts: int = 1
     """Processes that speak gRPC, on one port. With more than one, `listen` names a port that
     the supervisor holds for them."""
@@ -121,6 +125,11 @@ class SchedulerConfig:
                 f"max_num_requests ({self.max_num_requests}): each running request takes one a step"
             )
         self._check_workers()
+        if self.admin_listen and not is_loopback(self.admin_listen):
+            raise ConfigError(
+                f"admin_listen is {self.admin_listen}, which other hosts may reach: "
+                "it must be a loopback address or a Unix socket"
+            )
         if self.num_fronts > 1 and self.listen.startswith("unix:"):
             raise ConfigError(
                 f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
@@ -166,6 +175,20 @@ class SchedulerConfig:
             return msgspec.json.decode(text, type=SchedulerConfig)
         except msgspec.DecodeError as error:
             raise ConfigError(f"configuration is not readable: {error}") from error
+
+
+def is_loopback(listen: str) -> bool:
+    """Returns whether only this host can reach an address that gRPC listens on.
+
+    Of names only `localhost` is known without asking, and so is no other.
+    """
+    if listen.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ConfigError(ValueError):

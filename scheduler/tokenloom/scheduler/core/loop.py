@@ -399,9 +399,9 @@ class CoreLoop:
         self._front_ids[self._next_front] = identity
         self._next_front += 1
         log.info("front %d attaches", attach.pid)
+        self._operators.greet(identity)  # first: it must not seem ready for a moment
         if self._state.spec is not None:
             self._send_to_front(identity, _model_ready(self._state.spec))
-        self._operators.greet(identity)
 
     def _profile(self, identity: bytes, profile: Profile) -> None:
         """Asks all ranks to record. Where there is no group, who asks has heard of it."""

@@ -27,8 +27,8 @@ class Operators:
     def __init__(self, state: State, send: Callable[[bytes, ToFront], None]) -> None:
         self._state = state
         self._send = send
-        self._drainers: dict[bytes, int] = {}
-        """Who waits until no request is left, with how many were not waited for."""
+        self._drainers: set[bytes] = set()
+        """Who waits until no request is left."""
         self._profiler: bytes | None = None
         """Who gets what workers record."""
 
@@ -38,20 +38,26 @@ class Operators:
             self._send(front, Draining(ends=False))
 
     def drain(self, identity: bytes, drain: Drain, fronts: Iterable[bytes]) -> None:
-        """Takes no more requests, here and in the fronts; `look` tells when none is left."""
+        """Takes no more requests, here and in the fronts; `look` tells when none is left.
+
+        Those that are ended are not waited for: clients that do not read could take their time.
+        """
         num_left = len(self._state.requests)
         log.info("draining; %d requests are left", num_left)
         self._state.is_draining = True
-        self._drainers[identity] = num_left if drain.ends else self._drainers.get(identity, 0)
         for front in fronts:
             self._send(front, Draining(ends=drain.ends))
+        if drain.ends:
+            self._send(identity, Drained(num_ended=num_left))
+        else:
+            self._drainers.add(identity)
 
     def look(self) -> None:
         """Answers those who wait for the last request, if it is gone; for each turn."""
         if self._drainers and not self._state.requests:
-            drainers, self._drainers = self._drainers, {}
-            for identity, num_ended in drainers.items():
-                self._send(identity, Drained(num_ended=num_ended))
+            drainers, self._drainers = self._drainers, set()
+            for identity in drainers:
+                self._send(identity, Drained(num_ended=0))
 
     def abort(self, identity: bytes, abort: AbortNamed) -> None:
         """Ends a request and tells whether there was one of that name."""

@@ -22,14 +22,13 @@ _Request = TypeVar("_Request", bound=Message)
 
 
 def bounded(
-    request_type: type[_Request],
-    serve: Callable[[_Request, Context], Awaitable[Message | None]],
+    serve: Callable[[bytes, Context], Awaitable[Message | None]],
 ) -> Callable[[bytes, Context], Awaitable[bytes | None]]:
     """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
 
     async def call(data: bytes, context: Context) -> bytes | None:
         try:
-            response = await serve(_parse(request_type, data), context)
+            response = await serve(data, context)
         except RequestError as error:
             refusal = error
         except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
@@ -43,7 +42,20 @@ def bounded(
     return call
 
 
-def _parse(request_type: type[_Request], data: bytes) -> _Request:
+def parsed(
+    request_type: type[_Request],
+    serve: Callable[[_Request, Context], Awaitable[Message | None]],
+) -> Callable[[bytes, Context], Awaitable[Message | None]]:
+    """Returns a call that takes its request as bytes."""
+
+    async def call(data: bytes, context: Context) -> Message | None:
+        return await serve(parse(request_type, data), context)
+
+    return call
+
+
+def parse(request_type: type[_Request], data: bytes) -> _Request:
+    """Returns the message that a client sent. Raises InvalidRequest."""
     try:
         return request_type.FromString(data)
     except DecodeError as error:

@@ -15,12 +15,13 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
 from tokenloom.scheduler.front.text import TextModel
+from tokenloom.scheduler.listening import bind, write_address
 from tokenloom.scheduler.messages import Draining, ModelReady
 from tokenloom.scheduler.ports import check_free
 from tokenloom.wire.started import process_start_s
@@ -76,11 +77,11 @@ class FrontServer:
         await self._health.tell()
         if self._config.num_fronts == 1:  # else the supervisor holds the port
             check_free(self._config.listen)
-        self.address = _bind(self._server, self._config.listen)
+        self.address = bind(self._server, self._config.listen)
         await self._server.start()
         self._link.open()
         self._health_task = asyncio.create_task(self._health.follow(self._link.ping))
-        _write_address(Path(self._config.run_dir), self.address)
+        write_address(Path(self._config.run_dir) / "address", self.address)
         _log.info("listening on %s", self.address)
 
     async def drain(self, grace_s: float) -> None:
@@ -160,25 +161,3 @@ async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> N
     if not drained.done():
         drained.cancel()
         await server.drain(0.0)
-
-
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    """Binds the server; returns the address with the real port. Raises ConfigError."""
-    # The umask counts only for a Unix socket: other users could otherwise connect.
-    umask = os.umask(0o177)
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {listen}: {error}") from error
-    finally:
-        os.umask(umask)
-    if listen.startswith("unix:"):
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"
-
-
-def _write_address(run_dir: Path, address: str) -> None:
-    """Tells in `run_dir/address` where the server listens, whole or not at all."""
-    draft = run_dir / "address.draft"
-    draft.write_text(address, encoding="utf-8")
-    draft.replace(run_dir / "address")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.scheduler.config import SchedulerConfig
-from tokenloom.scheduler.front.boundary import Context, bounded
+from tokenloom.scheduler.front.boundary import Context, bounded, parsed
 from tokenloom.scheduler.front.chat import TemplateError
 from tokenloom.scheduler.front.errors import (
     DRAINING,
@@ -150,11 +150,11 @@ class InferenceServicer:
             SERVICE_NAME,
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
-                    bounded(pb.GenerateRequest, self.generate)
+                    bounded(parsed(pb.GenerateRequest, self.generate))
                 ),
-                "Tokenize": unary(bounded(pb.TokenizeRequest, self.tokenize)),
-                "Detokenize": unary(bounded(pb.DetokenizeRequest, self.detokenize)),
-                "GetModel": unary(bounded(pb.GetModelRequest, self.get_model)),
+                "Tokenize": unary(bounded(parsed(pb.TokenizeRequest, self.tokenize))),
+                "Detokenize": unary(bounded(parsed(pb.DetokenizeRequest, self.detokenize))),
+                "GetModel": unary(bounded(parsed(pb.GetModelRequest, self.get_model))),
             },
         )
 
