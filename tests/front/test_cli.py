@@ -195,6 +195,7 @@ def test_bad_options_are_refused_with_code_2(
         ([str(tmp_path / "none")], "there is no folder"),
         ([str(tmp_path)], "has no config.json"),
         ([model, "--max-num-requests=0"], "max_num_requests is 0; it must be at least 1"),
+        ([model, "--max-num-requests=8193"], "max_num_requests is 8193; it must be at most 8192"),
         ([model, "--quantize=int4"], "quantize is 'int4'; it must be one of none, nf4, fp4, int8"),
         ([model, "--kv-cache=int8"], "kv_cache is 'int8'; it must be one of auto, fp8"),
         ([model, f"--run-dir={open_dir}"], "has mode 755"),

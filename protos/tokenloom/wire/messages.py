@@ -25,6 +25,9 @@ import msgspec
 
 PROTOCOL_VERSION = 8
 
+MAX_NUM_REQUESTS = 8192
+"""Slots that a worker can have: its kernels are compiled for steps of up to so many spans."""
+
 
 class _Message(
     msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True, forbid_unknown_fields=True
@@ -65,7 +68,7 @@ class Configure(_Message, frozen=True):
     max_model_tokens: int | None
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int
-    """Slots of the persistent batch."""
+    """Slots of the persistent batch, at most MAX_NUM_REQUESTS."""
     max_step_tokens: int | None
     """The most tokens that one step computes; None: what suits the device."""
 
@@ -207,6 +210,8 @@ class Profile(_Message, frozen=True):
     """The worker records the steps that it launches from now on."""
 
     epoch: int
+    number: int
+    """Names the recording."""
     num_steps: int
     """0: what is being recorded is forgotten."""
 
@@ -215,6 +220,8 @@ class Trace(_Message, frozen=True):
     """The next piece of a recording: a gzip file in Chrome's trace event format."""
 
     epoch: int
+    number: int
+    """Profile's."""
     data: bytes
     is_last: bool
     error: str = ""

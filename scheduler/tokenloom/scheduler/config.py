@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from tokenloom.wire.messages import MAX_NUM_REQUESTS
+
 QUANTIZE_NAMES = ("none", "nf4", "fp4", "int8")
 KV_CACHE_NAMES = ("auto", "fp8")
 
@@ -26,6 +28,8 @@ _LEAST = {
     2: ("max_model_tokens",),
 }
 """The least value of each field that has one."""
+_MOST = {"max_num_requests": MAX_NUM_REQUESTS}
+"""The largest value of each field that has one."""
 _DURATIONS = ("step_timeout_s", "heartbeat_timeout_s", "crash_window_s")
 
 
@@ -98,15 +102,7 @@ class SchedulerConfig:
     crash_window_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for least, names in _LEAST.items():
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and value < least:
-                    raise ConfigError(f"{name} is {value}; it must be at least {least}")
-        for name in _DURATIONS:
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name} is {value}; it must be a positive number")
+        self._check_numbers()
         if self.quantize not in QUANTIZE_NAMES:
             raise ConfigError(
                 f"quantize is {self.quantize!r}; it must be one of {', '.join(QUANTIZE_NAMES)}"
@@ -125,15 +121,33 @@ class SchedulerConfig:
                 f"max_num_requests ({self.max_num_requests}): each running request takes one a step"
             )
         self._check_workers()
-        if self.admin_listen and not is_loopback(self.admin_listen):
-            raise ConfigError(
-                f"admin_listen is {self.admin_listen}, which other hosts may reach: "
-                "it must be a loopback address or a Unix socket"
-            )
+        self._check_admin()
         if self.num_fronts > 1 and self.listen.startswith("unix:"):
             raise ConfigError(
                 f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
                 "a Unix socket has one front, only a port can be shared"
+            )
+
+    def _check_numbers(self) -> None:
+        for least, names in _LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value > most:
+                raise ConfigError(f"{name} is {value}; it must be at most {most}")
+        for name in _DURATIONS:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; it must be a positive number")
+
+    def _check_admin(self) -> None:
+        if self.admin_listen and not is_loopback(self.admin_listen):
+            raise ConfigError(
+                f"admin_listen is {self.admin_listen}, which other hosts may reach: "
+                "it must be a loopback address or a Unix socket"
             )
 
     def _check_workers(self) -> None:

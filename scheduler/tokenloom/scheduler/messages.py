@@ -161,6 +161,8 @@ class AbortNamed(_Message, frozen=True):
 class Profile(_Message, frozen=True):
     """An operator wants the next steps recorded; 0 forgets a recording under way."""
 
+    number: int
+    """Names the recording."""
     num_steps: int
 
 
@@ -325,6 +327,8 @@ class Aborted(_Message, frozen=True):
 class TraceData(_Message, frozen=True):
     """The next piece of what a rank recorded."""
 
+    number: int
+    """Profile's."""
     rank: int
     data: bytes
     is_last: bool

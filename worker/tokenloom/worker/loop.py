@@ -293,7 +293,7 @@ class _Recordings:
     def __init__(self, link: Link, recorder: Recorder | None) -> None:
         self._link = link
         self._recorder = recorder
-        self._epoch = 0
+        self._asked = Profile(epoch=0, number=0, num_steps=0)
         self._is_wanted = False
         self._pieces: deque[Trace] = deque()
 
@@ -305,10 +305,10 @@ class _Recordings:
     def begin(self, profile: Profile) -> None:
         """Records steps, or no longer."""
         self._pieces.clear()
-        self._epoch = profile.epoch
+        self._asked = profile
         if self._recorder is None:
-            error = "this worker cannot record its steps"
-            self._pieces.append(Trace(epoch=self._epoch, data=b"", is_last=True, error=error))
+            unable = Recording(error="this worker cannot record its steps")
+            self._pieces.extend(_pieces(profile, unable))
             return
         self._recorder.record(profile.num_steps)
         self._is_wanted = profile.num_steps > 0
@@ -326,25 +326,25 @@ class _Recordings:
             recording = self._recorder.take()
             if recording is not None:
                 self._is_wanted = False
-                self._pieces.extend(_pieces(self._epoch, recording))
+                self._pieces.extend(_pieces(self._asked, recording))
         if self._pieces:
             self._link.send(self._pieces.popleft())
 
 
-def _pieces(epoch: int, recording: Recording) -> list[Trace]:
+def _pieces(asked: Profile, recording: Recording) -> list[Trace]:
+    def piece(data: bytes, *, is_last: bool, error: str = "") -> Trace:
+        return Trace(
+            epoch=asked.epoch, number=asked.number, data=data, is_last=is_last, error=error
+        )
+
     data, error = recording.data, recording.error
     if len(data) > MAX_TRACE_BYTES:
         error = f"the trace has {len(data)} bytes; at most {MAX_TRACE_BYTES} are sent"
     if error:
-        return [Trace(epoch=epoch, data=b"", is_last=True, error=error)]
-    starts = range(0, len(data), _PIECE_BYTES)
+        return [piece(b"", is_last=True, error=error)]
     return [
-        Trace(
-            epoch=epoch,
-            data=data[start : start + _PIECE_BYTES],
-            is_last=start + _PIECE_BYTES >= len(data),
-        )
-        for start in starts
+        piece(data[start : start + _PIECE_BYTES], is_last=start + _PIECE_BYTES >= len(data))
+        for start in range(0, len(data), _PIECE_BYTES)
     ]
 
 

@@ -51,6 +51,8 @@ class AdminLink:
         self._answers: defaultdict[str, list[asyncio.Future[bool]]] = defaultdict(list)
         """Of those who wait for an Aborted, by the request's name."""
         self._pieces: asyncio.Queue[TraceData | Absence] | None = None
+        self._recording = 0
+        """The number of the last that was asked for."""
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
@@ -109,11 +111,12 @@ class AdminLink:
             raise Unavailable(self.model)
         pieces = self._pieces = asyncio.Queue()
         try:
-            await self._send(Profile(num_steps=num_steps))
+            self._recording += 1
+            await self._send(Profile(number=self._recording, num_steps=num_steps))
             yield pieces
         finally:
             self._pieces = None
-            await self._send(Profile(num_steps=0))
+            await self._send(Profile(number=self._recording, num_steps=0))
 
     async def _send(self, message: FromFront) -> None:
         await self._socket.send(encode(message))
@@ -135,8 +138,8 @@ class AdminLink:
                 for answer in self._answers.pop(message.request_id, ()):
                     if not answer.done():
                         answer.set_result(message.was_found)
-            case TraceData():
-                if self._pieces is not None:
+            case TraceData(number=number):  # else of one that nobody waits for
+                if self._pieces is not None and number == self._recording:
                     self._pieces.put_nowait(message)
             case _:
                 pass  # for fronts

@@ -407,7 +407,9 @@ class CoreLoop:
         """Asks all ranks to record. Where there is no group, who asks has heard of it."""
         if self._state.spec is not None:
             self._operators.profile(identity)
-            self._send_to_group(wire.Profile(epoch=self._epoch, num_steps=profile.num_steps))
+            self._send_to_group(
+                wire.Profile(epoch=self._epoch, number=profile.number, num_steps=profile.num_steps)
+            )
 
     def _execute(self, identity: bytes, message: Commands) -> None:
         front = self._front_numbers.get(identity)

@@ -71,5 +71,11 @@ class Operators:
     def pass_on(self, rank: int, trace: Trace) -> None:
         """Hands on a piece of what a rank recorded."""
         if self._profiler is not None:
-            piece = TraceData(rank=rank, data=trace.data, is_last=trace.is_last, error=trace.error)
+            piece = TraceData(
+                number=trace.number,
+                rank=rank,
+                data=trace.data,
+                is_last=trace.is_last,
+                error=trace.error,
+            )
             self._send(self._profiler, piece)
