@@ -32,6 +32,11 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _DEFAULTS = {field.name: field.default for field in fields(SchedulerConfig)}
 _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("listen", str, "address of the gRPC server: HOST:PORT (port 0: a free one) or unix:PATH"),
+    (
+        "admin_listen",
+        str,
+        "address of the operators' service, on this host or unix:PATH (default: there is none)",
+    ),
     ("num_fronts", int, "processes that speak gRPC; connections to the port are spread over them"),
     ("served_name", str, "name told to clients (default: the last part of MODEL)"),
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
@@ -281,6 +286,14 @@ def stages(config: SchedulerConfig, workers: Sequence[tuple[str, ...]]) -> list[
         )
         for number in range(1, config.num_fronts + 1)
     ]
+    if config.admin_listen:
+        admin = Child(
+            name="admin",
+            argv=(*python, "tokenloom.scheduler.admin", config.to_json()),
+            stop_s=_STOP_S,
+            restart=Restart.ALONE,
+        )
+        fronts.append(admin)
     core = Child(
         name="core",
         argv=(*python, "tokenloom.scheduler.core", config.to_json()),

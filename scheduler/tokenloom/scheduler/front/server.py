@@ -29,7 +29,8 @@ from tokenloom.scheduler.front.servicer import (
     InferenceServicer,
 )
 from tokenloom.scheduler.front.text import TextModel
-from tokenloom.scheduler.messages import ModelReady
+from tokenloom.scheduler.listening import bind, write_address
+from tokenloom.scheduler.messages import Draining, ModelReady
 from tokenloom.scheduler.ports import check_free
 from tokenloom.wire.started import process_start_s
 
@@ -61,7 +62,10 @@ class FrontServer:
         self._text = text
         self._health = Health((SERVICE_NAME,), timeout_s=config.heartbeat_timeout_s)
         self._link = CoreLink(
-            config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
+            config.core_endpoint,
+            on_model=self._on_model,
+            on_pulse=self._health.feel,
+            on_draining=self._on_draining,
         )
         counts = CallCounts()
         self._journal = Journal(_traces(config), counts)
@@ -87,18 +91,19 @@ class FrontServer:
         await self._health.tell()
         if self._config.num_fronts == 1:  # else the supervisor holds the port
             check_free(self._config.listen)
-        self.address = _bind(self._server, self._config.listen)
+        self.address = bind(self._server, self._config.listen)
         await self._server.start()
         self._link.open()
         self._tasks.append(asyncio.create_task(self._health.follow(self._link.ping)))
         if self._counts_file is not None:
             self._tasks.append(asyncio.create_task(self._counts_file.follow()))
-        _write_address(Path(self._config.run_dir), self.address)
+        write_address(Path(self._config.run_dir) / "address", self.address)
         _log.info("listening on %s", self.address)
 
     async def drain(self, grace_s: float) -> None:
         """Tells health checks, refuses new requests, lets running ones finish."""
-        await self._health.drain()
+        self._health.drain()
+        await self._health.tell()
         await self._servicer.drain(grace_s)
 
     async def stop(self) -> None:
@@ -112,6 +117,12 @@ class FrontServer:
         if self._counts_file is not None:
             self._counts_file.write()
         self._journal.close()
+
+    def _on_draining(self, draining: Draining) -> None:
+        self._servicer.refuse_all()
+        self._health.drain()
+        if draining.ends:
+            self._servicer.end_all()
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model
@@ -201,25 +212,3 @@ async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> N
     if not drained.done():
         drained.cancel()
         await server.drain(0.0)
-
-
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    """Binds the server; returns the address with the real port. Raises ConfigError."""
-    # The umask counts only for a Unix socket: other users could otherwise connect.
-    umask = os.umask(0o177)
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {listen}: {error}") from error
-    finally:
-        os.umask(umask)
-    if listen.startswith("unix:"):
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"
-
-
-def _write_address(run_dir: Path, address: str) -> None:
-    """Tells in `run_dir/address` where the server listens, whole or not at all."""
-    draft = run_dir / "address.draft"
-    draft.write_text(address, encoding="utf-8")
-    draft.replace(run_dir / "address")
