@@ -31,6 +31,7 @@ _KNOWN = {
     "serve": ("scheduler", "python -m tokenloom.scheduler serve"),
     "scheduler": ("scheduler", "python -m tokenloom.scheduler scheduler"),
     "keys": ("scheduler", "python -m tokenloom.scheduler keys"),
+    "token": ("scheduler", "python -m tokenloom.scheduler token"),
     "worker": ("worker", "python -m tokenloom.worker"),
     "plan": ("worker", "python -m tokenloom.worker.plan"),
     "quantize": ("worker", "python -m tokenloom.worker.saving"),

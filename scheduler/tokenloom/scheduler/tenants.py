@@ -22,6 +22,7 @@ import hashlib
 import logging
 import math
 import re
+import secrets
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -31,10 +32,12 @@ from types import MappingProxyType
 import msgspec
 
 from tokenloom.scheduler.config import ConfigError
+from tokenloom.scheduler.versions import versions_of
 
 MAX_TENANTS = 1000
 """Each is a label of metrics and a counter of the scheduler."""
 _MAX_FILE_BYTES = 4 * 1024 * 1024
+_TOKEN_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SPIFFE_ID = re.compile(r"spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)+")
@@ -71,6 +74,10 @@ class Tenant:
 
 
 _FIELDS = {each.name for each in fields(Tenant)} - {"name"}
+
+
+NOBODY = Tenant(name="")
+"""Whose all calls are where there is no tenants file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +145,15 @@ class TenantsFile:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError."""
         self._path = path
-        self._version = self._look()
+        self._versions = versions_of(path)
         self.tenants = Tenants.read(path)
 
     def refresh(self) -> bool:
         """Looks at the file; returns whether the tenants are others now."""
-        version = self._look()
-        if version == self._version:
+        versions = versions_of(self._path)
+        if versions == self._versions:
             return False
-        self._version = version
+        self._versions = versions
         try:
             read = Tenants.read(self._path)
         except ConfigError as error:
@@ -158,13 +165,10 @@ class TenantsFile:
         _log.info("%s has %d tenants", self._path, len(read.by_name))
         return True
 
-    def _look(self) -> tuple[int, int, int] | None:
-        """Returns what differs between versions of the file, None if it is not there."""
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+
+def new_token() -> str:
+    """Returns a bearer token that nobody can guess."""
+    return secrets.token_urlsafe(_TOKEN_BYTES)
 
 
 def digest_of_token(token: str) -> str:

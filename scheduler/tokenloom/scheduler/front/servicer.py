@@ -29,6 +29,7 @@ from tokenloom.scheduler.front.errors import (
     abort,
     fault_of,
 )
+from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.responses import (
     Call,
@@ -55,6 +56,7 @@ from tokenloom.scheduler.front.validate import (
     validate_tokenize,
 )
 from tokenloom.scheduler.messages import ModelReady, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.v1 import inference_pb2 as pb
 
 MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
@@ -69,10 +71,13 @@ _Request = TypeVar("_Request", bound=Message)
 class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
-    def __init__(self, config: SchedulerConfig, text: TextModel, link: CoreLink) -> None:
+    def __init__(
+        self, config: SchedulerConfig, text: TextModel, link: CoreLink, identities: Identities
+    ) -> None:
         self._config = config
         self._text = text
         self._link = link
+        self._identities = identities
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
@@ -140,38 +145,69 @@ class InferenceServicer:
         """Returns the service as a server takes it.
 
         Requests are parsed inside the boundary of each call, so that garbage
-        is refused like any other bad request.
+        is refused like any other bad request, and after its caller is known.
         """
         unary = grpc.unary_unary_rpc_method_handler
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
-                    _bounded(pb.GenerateRequest, self.generate)
+                    self._bounded(pb.GenerateRequest, self.generate)
                 ),
-                "Tokenize": unary(_bounded(pb.TokenizeRequest, self.tokenize)),
-                "Detokenize": unary(_bounded(pb.DetokenizeRequest, self.detokenize)),
-                "GetModel": unary(_bounded(pb.GetModelRequest, self.get_model)),
+                "Tokenize": unary(self._bounded(pb.TokenizeRequest, self.tokenize)),
+                "Detokenize": unary(self._bounded(pb.DetokenizeRequest, self.detokenize)),
+                "GetModel": unary(self._bounded(pb.GetModelRequest, self.get_model)),
             },
         )
 
-    async def generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+    def _bounded(
+        self,
+        request_type: type[_Request],
+        serve: Callable[[_Request, _Context, Tenant], Awaitable[Message | None]],
+    ) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
+        """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
+
+        async def call(data: bytes, context: _Context) -> bytes | None:
+            try:
+                tenant = self._identities.tenant_of(context)
+                response = await serve(_parse(request_type, data), context, tenant)
+            except RequestError as error:
+                refusal = error
+            except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
+                raise asyncio.CancelledError from error
+            except Exception as error:  # noqa: BLE001 - the boundary around each call
+                refusal = fault_of(error)
+            else:
+                return None if response is None else response.SerializeToString()
+            return await abort(context, refusal)
+
+        return call
+
+    async def generate(
+        self, request: pb.GenerateRequest, context: _Context, tenant: Tenant
+    ) -> None:
         """Streams one completion."""
         async with self._running():
-            await self._generate(request, context)
+            await self._generate(request, context, tenant)
 
-    async def tokenize(self, request: pb.TokenizeRequest, _: _Context) -> pb.TokenizeResponse:
+    async def tokenize(
+        self, request: pb.TokenizeRequest, _: _Context, __: Tenant
+    ) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
         prompt = validate_tokenize(request, self._limits())
         return pb.TokenizeResponse(token_ids=await self._tokens(prompt))
 
-    async def detokenize(self, request: pb.DetokenizeRequest, _: _Context) -> pb.DetokenizeResponse:
+    async def detokenize(
+        self, request: pb.DetokenizeRequest, _: _Context, __: Tenant
+    ) -> pb.DetokenizeResponse:
         """Returns the text of token ids."""
         ids, skip_special_tokens = validate_detokenize(request, self._limits())
         text = await self._text.decode(ids, skip_special_tokens=skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
-    async def get_model(self, _: pb.GetModelRequest, __: _Context) -> pb.GetModelResponse:
+    async def get_model(
+        self, _: pb.GetModelRequest, __: _Context, ___: Tenant
+    ) -> pb.GetModelResponse:
         """Describes the served model."""
         limits = self._limits()
         return pb.GetModelResponse(
@@ -187,7 +223,9 @@ class InferenceServicer:
 
     # A stream --------------------------------------------------------------------------------
 
-    async def _generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+    async def _generate(
+        self, request: pb.GenerateRequest, context: _Context, tenant: Tenant
+    ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
         tokens = await self._tokens(spec.prompt)
@@ -211,6 +249,7 @@ class InferenceServicer:
             sampling=spec.sampling,
             salt="",
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
+            tenant=tenant.name,
         )
         try:
             if not stream.is_over:
@@ -276,28 +315,6 @@ class InferenceServicer:
                     raise InvalidRequest([violation]) from error
             case _:
                 assert_never(prompt)
-
-
-def _bounded(
-    request_type: type[_Request],
-    serve: Callable[[_Request, _Context], Awaitable[Message | None]],
-) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
-    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
-
-    async def call(data: bytes, context: _Context) -> bytes | None:
-        try:
-            response = await serve(_parse(request_type, data), context)
-        except RequestError as error:
-            refusal = error
-        except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
-            raise asyncio.CancelledError from error
-        except Exception as error:  # noqa: BLE001 - the boundary around each call
-            refusal = fault_of(error)
-        else:
-            return None if response is None else response.SerializeToString()
-        return await abort(context, refusal)
-
-    return call
 
 
 def _parse(request_type: type[_Request], data: bytes) -> _Request:
