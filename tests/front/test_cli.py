@@ -234,7 +234,7 @@ def test_a_token_is_told_once_and_its_digest_is_a_line_of_the_file(
 ) -> None:
     made = []
     for _ in range(2):
-        assert cli.token([]) == 0
+        assert cli.bearer_token([]) == 0
         told = capsys.readouterr()
         made.append(told.out.strip())
         tenant = Tenants.parse(f"[tenants.a]\n{told.err}").with_token(made[-1])

@@ -1,4 +1,4 @@
-"""The commands `tokenloom serve`, `scheduler`, `keys` and `token`.
+"""The commands `tokenloom serve`, `scheduler`, `keys` and `bearer-token`.
 
 Nothing heavy is imported here: `--help` answers at once, and the processes
 that need gRPC, ZeroMQ or torch are started as such.
@@ -187,10 +187,10 @@ def keys(argv: Sequence[str]) -> int:
     return 0
 
 
-def token(argv: Sequence[str]) -> int:
+def bearer_token(argv: Sequence[str]) -> int:
     """Makes a bearer token, and what the tenants file has of it. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="tokenloom token",
+        prog="tokenloom bearer-token",
         description="Makes a random bearer token: prints it on standard output, and on standard "
         "error its line for the tenants file, from which nobody can tell the token.",
     )

@@ -12,8 +12,8 @@
     token_sha256 = ["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"]
 
 The file keeps no secret: of a bearer token it has the SHA-256, which is enough for tokens that are
-random numbers of 256 bits (`tokenloom token` makes them). Several digests of one tenant let its
-tokens be exchanged without a gap.
+random numbers of 256 bits (`tokenloom bearer-token` makes them). Several digests of one tenant let
+its tokens be exchanged without a gap.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _check(tenant: Tenant, where: str) -> None:
             # Not quoted: somebody may have put the token itself there.
             raise ConfigError(
                 f"{where}.token_sha256 has an entry of {len(digest)} characters; each must be a "
-                "SHA-256 of 64 small hexadecimal digits, which `tokenloom token` tells"
+                "SHA-256 of 64 small hexadecimal digits, which `tokenloom bearer-token` tells"
             )
     for spiffe_id in tenant.spiffe_ids:
         if not _SPIFFE_ID.fullmatch(spiffe_id):

@@ -58,12 +58,15 @@ class Certificates:
         versions = versions_of(*self._files)
         if versions == self._versions:
             return None
-        self._versions = versions
         try:
-            self.current = self._read()
+            read = self._read()
         except ConfigError as error:
+            self._versions = versions
             _log.error("the certificates stay as they were: %s", error)
             return None
+        if versions_of(*self._files) != versions:  # what was read may be of both
+            return None
+        self._versions, self.current = versions, read
         _log.info("new connections get the certificate that %s has now", self._cert)
         return self.current
 
