@@ -147,67 +147,45 @@ class InferenceServicer:
         Requests are parsed inside the boundary of each call, so that garbage
         is refused like any other bad request, and after its caller is known.
         """
-        unary = grpc.unary_unary_rpc_method_handler
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Generate": grpc.unary_stream_rpc_method_handler(
-                    self._bounded(pb.GenerateRequest, self.generate)
-                ),
-                "Tokenize": unary(self._bounded(pb.TokenizeRequest, self.tokenize)),
-                "Detokenize": unary(self._bounded(pb.DetokenizeRequest, self.detokenize)),
-                "GetModel": unary(self._bounded(pb.GetModelRequest, self.get_model)),
+                "Generate": grpc.unary_stream_rpc_method_handler(_bounded(self.generate)),
+                "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
+                "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
+                "GetModel": self._unary(pb.GetModelRequest, self.get_model),
             },
         )
 
-    def _bounded(
+    def _unary(
         self,
         request_type: type[_Request],
-        serve: Callable[[_Request, _Context, Tenant], Awaitable[Message | None]],
-    ) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
-        """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
+        serve: Callable[[_Request, _Context], Awaitable[Message]],
+    ) -> grpc.RpcMethodHandler[bytes, bytes | None]:
+        async def call(data: bytes, context: _Context) -> Message:
+            self._identities.tenant_of(context)
+            return await serve(_parse(request_type, data), context)
 
-        async def call(data: bytes, context: _Context) -> bytes | None:
-            try:
-                tenant = self._identities.tenant_of(context)
-                response = await serve(_parse(request_type, data), context, tenant)
-            except RequestError as error:
-                refusal = error
-            except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
-                raise asyncio.CancelledError from error
-            except Exception as error:  # noqa: BLE001 - the boundary around each call
-                refusal = fault_of(error)
-            else:
-                return None if response is None else response.SerializeToString()
-            return await abort(context, refusal)
+        return grpc.unary_unary_rpc_method_handler(_bounded(call))
 
-        return call
-
-    async def generate(
-        self, request: pb.GenerateRequest, context: _Context, tenant: Tenant
-    ) -> None:
+    async def generate(self, data: bytes, context: _Context) -> None:
         """Streams one completion."""
         async with self._running():
-            await self._generate(request, context, tenant)
+            tenant = self._identities.tenant_of(context)
+            await self._generate(_parse(pb.GenerateRequest, data), context, tenant)
 
-    async def tokenize(
-        self, request: pb.TokenizeRequest, _: _Context, __: Tenant
-    ) -> pb.TokenizeResponse:
+    async def tokenize(self, request: pb.TokenizeRequest, _: _Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
         prompt = validate_tokenize(request, self._limits())
         return pb.TokenizeResponse(token_ids=await self._tokens(prompt))
 
-    async def detokenize(
-        self, request: pb.DetokenizeRequest, _: _Context, __: Tenant
-    ) -> pb.DetokenizeResponse:
+    async def detokenize(self, request: pb.DetokenizeRequest, _: _Context) -> pb.DetokenizeResponse:
         """Returns the text of token ids."""
         ids, skip_special_tokens = validate_detokenize(request, self._limits())
         text = await self._text.decode(ids, skip_special_tokens=skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
-    async def get_model(
-        self, _: pb.GetModelRequest, __: _Context, ___: Tenant
-    ) -> pb.GetModelResponse:
+    async def get_model(self, _: pb.GetModelRequest, __: _Context) -> pb.GetModelResponse:
         """Describes the served model."""
         limits = self._limits()
         return pb.GetModelResponse(
@@ -315,6 +293,27 @@ class InferenceServicer:
                     raise InvalidRequest([violation]) from error
             case _:
                 assert_never(prompt)
+
+
+def _bounded(
+    serve: Callable[[bytes, _Context], Awaitable[Message | None]],
+) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
+    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
+
+    async def call(data: bytes, context: _Context) -> bytes | None:
+        try:
+            response = await serve(data, context)
+        except RequestError as error:
+            refusal = error
+        except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
+            raise asyncio.CancelledError from error
+        except Exception as error:  # noqa: BLE001 - the boundary around each call
+            refusal = fault_of(error)
+        else:
+            return None if response is None else response.SerializeToString()
+        return await abort(context, refusal)
+
+    return call
 
 
 def _parse(request_type: type[_Request], data: bytes) -> _Request:
