@@ -71,7 +71,7 @@ class FrontServer:
             on_draining=self._on_draining,
         )
         counts = CallCounts()
-        self._journal = Journal(_traces(config), counts)
+        self._journal = Journal(_traces(config), counts, gpu_hour_price=config.gpu_hour_price)
         tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
         self._identities = Identities(tenants)
         self._servicer = InferenceServicer(
