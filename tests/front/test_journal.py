@@ -7,16 +7,20 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
+from tests.front.fake_core import FakeCore
 from tests.front.harness import Front, until
+from tests.front.secured import generate, refused, secured
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front import server
 from tokenloom.scheduler.front.record import MAX_EVENTS, Event, Record, TraceParent
+from tokenloom.scheduler.tenants import digest_of_token, new_token
 from tokenloom.wire import logs
 
 SECRET = "xyzzy-plugh-4711"
@@ -77,6 +81,26 @@ async def test_each_call_has_one_line(front: Front, caplog: pytest.LogCaptureFix
     assert (third["code"], third["reason"]) == ("CANCELLED", None)
 
 
+async def test_a_line_tells_whose_call_it_was_and_of_what_nobody_may_ask(
+    core: FakeCore,
+    run_dir: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "tokenloom.requests")
+    token, tenants = new_token(), tmp_path / "tenants.toml"
+    tenants.write_text(f'[tenants.search]\ntoken_sha256 = ["{digest_of_token(token)}"]')
+    async with secured(core, run_dir, checkpoint, {"tenants": str(tenants)}) as front:
+        bearer = (("authorization", f"Bearer {token}"),)
+        await generate(front.server.address, None, metadata=bearer)
+        await refused(front.server.address, None)
+        await until(lambda: len(caplog.records) == 2)
+    served, stranger = (vars(record)["fields"] for record in caplog.records)
+    assert (served["tenant"], served["code"]) == ("search", "OK")
+    assert (stranger["tenant"], stranger["reason"]) == (None, "NO_IDENTITY")
+
+
 async def test_a_stream_that_lost_its_model_tells_when_it_went_on(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,17 +157,17 @@ def test_events_of_a_call_are_bounded() -> None:
 
 def test_spans_go_nowhere_unless_somebody_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    assert server._spans(CONFIG) is None
+    assert server._traces(CONFIG) is None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    spans = server._spans(CONFIG)
+    spans = server._traces(CONFIG)
     assert spans is not None
     spans.close()
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert server._spans(CONFIG) is None
+    assert server._traces(CONFIG) is None
 
 
 def test_an_endpoint_without_opentelemetry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenloom.scheduler.front.tracing", None)
     config = SchedulerConfig(model="m", run_dir="/nowhere", otlp_endpoint="http://localhost:4317")
     with pytest.raises(ConfigError, match=r"tokenloom-scheduler\[otel\]"):
-        server._spans(config)
+        server._traces(config)

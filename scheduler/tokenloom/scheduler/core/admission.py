@@ -32,6 +32,9 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
             )
         )
 
+    if state.is_draining:
+        refuse(RefusalReason.DRAINING, "the server drains", None)
+        return
     if state.spec is None:
         refuse(RefusalReason.NOT_READY, "the model is not loaded", NOT_READY_RETRY_S)
         return
@@ -53,6 +56,15 @@ def abort(state: State, front: int, message: Abort) -> None:
     request = state.requests.get((front, message.stream))
     if request is not None:
         state.finish(request, FinishReason.CANCELLED)
+
+
+def abort_named(state: State, request_id: str) -> bool:
+    """Ends a request, whoever's it is; returns whether there is one of that name."""
+    for request in state.requests.values():
+        if request.request_id == request_id:
+            state.finish(request, FinishReason.CANCELLED)
+            return True
+    return False
 
 
 def stop(state: State, front: int, message: Stop) -> None:

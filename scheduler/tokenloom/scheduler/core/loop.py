@@ -23,18 +23,22 @@ from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
 from tokenloom.scheduler.core.load import LoadPace, load_of
 from tokenloom.scheduler.core.metering import samples_of
+from tokenloom.scheduler.core.operators import Operators
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
 from tokenloom.scheduler.core.watch import StallWatch, StepWatch
 from tokenloom.scheduler.messages import (
     Abort,
+    AbortNamed,
     Attach,
     Commands,
+    Drain,
     Inspect,
     Inspection,
     ModelLost,
     ModelReady,
     Ping,
+    Profile,
     Pulse,
     Stop,
     Submit,
@@ -44,6 +48,7 @@ from tokenloom.scheduler.messages import (
 )
 from tokenloom.scheduler.samples import SampleFile
 from tokenloom.wire import codec
+from tokenloom.wire import messages as wire
 from tokenloom.wire.messages import (
     PROTOCOL_VERSION,
     Configure,
@@ -52,8 +57,9 @@ from tokenloom.wire.messages import (
     Progress,
     Ready,
     Shutdown,
-    Step,
     StepDone,
+    ToWorker,
+    Trace,
 )
 from tokenloom.wire.spin import Spin
 
@@ -105,6 +111,7 @@ class CoreLoop:
         """By the number that the state knows a front by; no number is used twice."""
         self._front_numbers: dict[bytes, int] = {}
         self._next_front = 0
+        self._operators = Operators(self._state, self._send_to_front)
         self._group = Group(config.tensor_parallel)
         self._epoch = int(1000 * time.time())
         """Grows over the lives of cores, too: workers that outlive one join the next, and names of
@@ -179,6 +186,7 @@ class CoreLoop:
         for front, outputs in self._state.take_outputs().items():
             if (identity := self._front_ids.get(front)) is not None:
                 self._send_to_front(identity, outputs.packed())
+        self._operators.look()
 
     def _tell_load(self) -> None:
         """Tells all fronts how busy the core is."""
@@ -227,6 +235,8 @@ class CoreLoop:
                     self._on_ready(rank, message)
                 case Failed():
                     self._lose_group(f"rank {rank} failed: {message.error}")
+                case Trace():
+                    self._operators.pass_on(rank, message)
                 case _:
                     assert_never(message)
 
@@ -367,9 +377,9 @@ class CoreLoop:
             if not self._gate.wait_for_departure(deadline_s - self._clock()):
                 break
 
-    def _send_to_group(self, step: Step) -> bool:
+    def _send_to_group(self, message: ToWorker) -> bool:
         """Sends the same frame to all ranks; if one is gone, ends the epoch and returns False."""
-        frame = codec.encode(step)
+        frame = codec.encode(message)
         for index, rank in enumerate(self._group.ranks):
             if not self._reach(rank.identity, frame):
                 self._lose_group(f"rank {index} is gone")
@@ -404,6 +414,12 @@ class CoreLoop:
                     self._attach(identity, message)
                 case Commands():
                     self._execute(identity, message)
+                case Drain():
+                    self._operators.drain(identity, message, list(self._front_ids.values()))
+                case AbortNamed():
+                    self._operators.abort(identity, message)
+                case Profile():
+                    self._profile(identity, message)
                 case _:
                     assert_never(message)
 
@@ -415,8 +431,17 @@ class CoreLoop:
         self._front_ids[self._next_front] = identity
         self._next_front += 1
         log.info("front %d attaches", attach.pid)
+        self._operators.greet(identity)  # first: it must not seem ready for a moment
         if self._state.spec is not None:
             self._send_to_front(identity, _model_ready(self._state.spec))
+
+    def _profile(self, identity: bytes, profile: Profile) -> None:
+        """Asks all ranks to record. Where there is no group, who asks has heard of it."""
+        if self._state.spec is not None:
+            self._operators.profile(identity)
+            self._send_to_group(
+                wire.Profile(epoch=self._epoch, number=profile.number, num_steps=profile.num_steps)
+            )
 
     def _execute(self, identity: bytes, message: Commands) -> None:
         front = self._front_numbers.get(identity)

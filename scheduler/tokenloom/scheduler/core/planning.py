@@ -178,7 +178,6 @@ def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> boo
         youngest = slots.requests[int(np.argmax(slots.serial))]
         assert youngest is not None
         state.preempt(youngest)
-        state.outputs_of(youngest.front).preempted.append(youngest.stream)
         preempted = True
     blocks, indices = pool.allocate(len(lacking)), slots.num_blocks[lacking]
     slots.block_table[lacking, indices] = blocks

@@ -27,6 +27,8 @@ class Request:
     digests: list[bytes]
     """The root digest, then one for each full block known so far."""
     arrived_s: float
+    request_id: str = ""
+    """What operators name it by."""
     planned_s: float | None = None
     """When it first got a slot."""
     first_token_s: float | None = None

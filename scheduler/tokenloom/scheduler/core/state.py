@@ -211,6 +211,8 @@ class State:
         self.next_serial = 1
         self.next_tenure = 1
         self.totals = Totals()
+        self.is_draining = False
+        """Whether an operator wants no new requests any more."""
         self.admission_interval_s: float | None = None
         """Moving average of the time between admissions, for push-back."""
         self.last_admission_s: float | None = None
@@ -249,6 +251,7 @@ class State:
             sampling=message.sampling,
             digests=[root_digest(message.salt)],
             arrived_s=now,
+            request_id=message.request_id,
         )
         self.next_serial += 1
         self.requests[front, message.stream] = request
@@ -285,6 +288,7 @@ class State:
         """Makes a running request give way; it is recomputed later."""
         request.num_preemptions += 1
         self.totals.num_preemptions += 1
+        self.outputs_of(request.front).preempted.append(request.stream)
         self.requeue(request)
 
     def requeue(self, request: Request) -> None:

@@ -2,6 +2,8 @@
 
     RequestError             code                 reason in google.rpc.ErrorInfo
     ├── InvalidRequest       INVALID_ARGUMENT     INVALID_REQUEST, PROMPT_TOO_LONG, MALFORMED
+    ├── Unauthenticated      UNAUTHENTICATED      NO_IDENTITY, BAD_TOKEN
+    ├── UnknownTenant        PERMISSION_DENIED    UNKNOWN_TENANT
     ├── OtherModel           FAILED_PRECONDITION  OTHER_MODEL
     ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL, DEADLINE_UNREACHABLE, TENANT_LIMIT
     ├── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
@@ -94,6 +96,21 @@ class InvalidRequest(RequestError):
         return [bad_request]
 
 
+class Unauthenticated(RequestError):
+    """The call does not say whose it is, or says it in vain."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class UnknownTenant(RequestError):
+    """The caller is who it says, and nobody's."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+    def __init__(self, spiffe_id: str) -> None:
+        super().__init__("UNKNOWN_TENANT", f"{spiffe_id} belongs to no tenant of this server")
+
+
 class OtherModel(RequestError):
     """What the client has of a completion comes from another model, or from another prompt."""
 
@@ -155,6 +172,9 @@ class Absence:
     message: str
 
 
+DRAINING = Absence(reason="DRAINING", message="the server takes no new requests; it drains")
+
+
 class Unavailable(RequestError):
     """This server cannot serve now; another one, or this one later, may."""
 
@@ -204,17 +224,19 @@ def fault_of(error: BaseException) -> ServerFault:
 def refusal_error(refused: Refused) -> RequestError:
     """Returns what the core's refusal means for the client."""
     match refused.reason:
-        case RefusalReason.QUEUE_FULL:
-            return Overloaded("QUEUE_FULL", refused.detail, refused.retry_after_s)
-        case RefusalReason.DEADLINE_UNREACHABLE:
-            return Overloaded("DEADLINE_UNREACHABLE", refused.detail, refused.retry_after_s)
-        case RefusalReason.TENANT_LIMIT:
-            return Overloaded("TENANT_LIMIT", refused.detail, refused.retry_after_s)
+        case (
+            RefusalReason.QUEUE_FULL
+            | RefusalReason.DEADLINE_UNREACHABLE
+            | RefusalReason.TENANT_LIMIT
+        ):
+            return Overloaded(refused.reason.name, refused.detail, refused.retry_after_s)
         case RefusalReason.TOO_LONG:
             violation = Violation(field="prompt", description=refused.detail)
             return InvalidRequest([violation], "PROMPT_TOO_LONG")
         case RefusalReason.NOT_READY:
             return Unavailable(Absence(reason="NOT_READY", message=refused.detail))
+        case RefusalReason.DRAINING:
+            return Unavailable(DRAINING)
         case RefusalReason.INVALID | RefusalReason.DUPLICATE:
             return fault(f"the core refused a request as {refused.reason}: {refused.detail}")
 

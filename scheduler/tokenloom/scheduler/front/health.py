@@ -51,10 +51,10 @@ class Health:
         self._stalled_s = pulse.stalled_s
         self._changed.set()
 
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """From now on the server is not ready, and lives."""
         self._drains = True
-        await self.tell()
+        self._changed.set()
 
     async def follow(self, ping: Callable[[], None]) -> None:
         """Tells each change, until it is cancelled; `ping` asks the core for a pulse."""

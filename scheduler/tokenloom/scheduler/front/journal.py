@@ -21,8 +21,8 @@ from tokenloom.scheduler.front.record import Event, Record, TraceParent
 _log = logging.getLogger("tokenloom.requests")
 
 
-class Spans(Protocol):
-    """Where spans go."""
+class Traces(Protocol):
+    """Where trace spans go."""
 
     def tell(self, record: Record) -> None:
         """Makes a span of a call that is over, and notes its ids in the record."""
@@ -34,9 +34,12 @@ class Spans(Protocol):
 class Journal:
     """The calls of one front."""
 
-    def __init__(self, spans: Spans | None, counts: CallCounts) -> None:
-        self._spans = spans
+    def __init__(
+        self, traces: Traces | None, counts: CallCounts, *, gpu_hour_price: float | None
+    ) -> None:
+        self._traces = traces
         self._counts = counts
+        self._gpu_hour_price = gpu_hour_price
 
     @contextmanager
     def entry(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Iterator[Record]:
@@ -44,7 +47,10 @@ class Journal:
 
         Whatever should not be raised comes out as a RequestError, with its id in the record.
         """
-        record = Record(parent=TraceParent.of(context.invocation_metadata() or ()))
+        record = Record(
+            parent=TraceParent.of(context.invocation_metadata() or ()),
+            gpu_hour_price=self._gpu_hour_price,
+        )
         try:
             yield record
         except RequestError as error:
@@ -69,16 +75,16 @@ class Journal:
 
     def close(self) -> None:
         """Sends what has not been sent."""
-        if self._spans is not None:
-            self._spans.close()
+        if self._traces is not None:
+            self._traces.close()
 
     def _tell(self, record: Record) -> None:
         record.ended_s = time.monotonic()
         self._counts.end(record)
         if record.parent is not None:
             record.trace_id = f"{record.parent.trace_id:032x}"
-        if self._spans is not None:
-            self._spans.tell(record)
+        if self._traces is not None:
+            self._traces.tell(record)
         if _log.isEnabledFor(logging.INFO):
             _log.info("request ended", extra={"fields": record.fields()})
 

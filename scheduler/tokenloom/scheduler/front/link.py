@@ -22,8 +22,11 @@ from tokenloom.scheduler.front.errors import (
 from tokenloom.scheduler.front.streams import Stream
 from tokenloom.scheduler.messages import (
     Abort,
+    Aborted,
     Attach,
     Commands,
+    Drained,
+    Draining,
     Inspection,
     Load,
     ModelLost,
@@ -34,6 +37,7 @@ from tokenloom.scheduler.messages import (
     Stop,
     Submit,
     ToFront,
+    TraceData,
     decode_to_front,
     encode,
 )
@@ -54,14 +58,16 @@ class CoreLink:
         *,
         on_model: Callable[[ModelReady | Absence], None],
         on_pulse: Callable[[Pulse], None],
+        on_draining: Callable[[Draining], None],
     ) -> None:
         """`on_model` is told what the core serves, or why it serves nothing; `on_pulse`, its life.
 
-        The latter is the answer to `ping`.
+        The latter is the answer to `ping`. `on_draining` is told what an operator wants.
         """
         self._endpoint = endpoint
         self._on_model = on_model
         self._on_pulse = on_pulse
+        self._on_draining = on_draining
         self._streams: dict[int, Stream] = {}
         self._commands: list[Submit | Abort | Stop | Ping] = []
         self._context = zmq.Context()
@@ -167,7 +173,9 @@ class CoreLink:
                 self._on_pulse(message)
             case Load():
                 self.load = message
-            case Inspection():
+            case Draining():
+                self._on_draining(message)
+            case Inspection() | Drained() | Aborted() | TraceData():
                 pass  # a front never asks
             case _:
                 assert_never(message)

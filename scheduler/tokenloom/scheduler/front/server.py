@@ -20,7 +20,8 @@ from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front.counts import CallCounts, CountsFile
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
-from tokenloom.scheduler.front.journal import Journal, Spans
+from tokenloom.scheduler.front.identity import Identities
+from tokenloom.scheduler.front.journal import Journal, Traces
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import (
     MESSAGE_LIMIT_BYTES,
@@ -29,8 +30,11 @@ from tokenloom.scheduler.front.servicer import (
     InferenceServicer,
 )
 from tokenloom.scheduler.front.text import TextModel
-from tokenloom.scheduler.messages import ModelReady
+from tokenloom.scheduler.front.tls import CONNECTION_AGE_MS, server_credentials
+from tokenloom.scheduler.listening import bind, write_address
+from tokenloom.scheduler.messages import Draining, ModelReady
 from tokenloom.scheduler.ports import check_free
+from tokenloom.scheduler.tenants import TenantsFile
 from tokenloom.wire.started import process_start_s
 
 _OPTIONS = (
@@ -61,11 +65,18 @@ class FrontServer:
         self._text = text
         self._health = Health((SERVICE_NAME,), timeout_s=config.heartbeat_timeout_s)
         self._link = CoreLink(
-            config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
+            config.core_endpoint,
+            on_model=self._on_model,
+            on_pulse=self._health.feel,
+            on_draining=self._on_draining,
         )
         counts = CallCounts()
-        self._journal = Journal(_spans(config), counts)
-        self._servicer = InferenceServicer(config, text, self._link, self._journal)
+        self._journal = Journal(_traces(config), counts, gpu_hour_price=config.gpu_hour_price)
+        tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
+        self._identities = Identities(tenants)
+        self._servicer = InferenceServicer(
+            config, text, self._link, journal=self._journal, identities=self._identities
+        )
         self._counts_file: CountsFile | None = None
         if config.metrics_listen:
             folder = Path(config.metrics_dir)
@@ -74,7 +85,10 @@ class FrontServer:
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
-        self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
+        options = [*_OPTIONS, sharing]
+        if config.tls_cert:
+            options.append(("grpc.max_connection_age_ms", CONNECTION_AGE_MS))
+        self._server = grpc.aio.server(options=options)
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
@@ -87,18 +101,23 @@ class FrontServer:
         await self._health.tell()
         if self._config.num_fronts == 1:  # else the supervisor holds the port
             check_free(self._config.listen)
-        self.address = _bind(self._server, self._config.listen)
+        credentials = server_credentials(self._config)
+        self.address = bind(self._server, self._config.listen, credentials)
         await self._server.start()
         self._link.open()
-        self._tasks.append(asyncio.create_task(self._health.follow(self._link.ping)))
+        self._tasks = [
+            asyncio.create_task(self._health.follow(self._link.ping)),
+            asyncio.create_task(self._identities.follow()),
+        ]
         if self._counts_file is not None:
             self._tasks.append(asyncio.create_task(self._counts_file.follow()))
-        _write_address(Path(self._config.run_dir), self.address)
+        write_address(Path(self._config.run_dir) / "address", self.address)
         _log.info("listening on %s", self.address)
 
     async def drain(self, grace_s: float) -> None:
         """Tells health checks, refuses new requests, lets running ones finish."""
-        await self._health.drain()
+        self._health.drain()
+        await self._health.tell()
         await self._servicer.drain(grace_s)
 
     async def stop(self) -> None:
@@ -112,6 +131,12 @@ class FrontServer:
         if self._counts_file is not None:
             self._counts_file.write()
         self._journal.close()
+
+    def _on_draining(self, draining: Draining) -> None:
+        self._servicer.refuse_all()
+        self._health.drain()
+        if draining.ends:
+            self._servicer.end_all()
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model
@@ -156,9 +181,9 @@ def _on_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
     _log.error("an error reached the event loop", exc_info=context.get("exception"))
 
 
-def _spans(config: SchedulerConfig) -> Spans | None:
-    """Returns where spans go, if they go anywhere. Raises ConfigError if they cannot."""
-    if not config.otlp_endpoint and not _is_asked_for_spans():
+def _traces(config: SchedulerConfig) -> Traces | None:
+    """Returns where trace spans go, if they go anywhere. Raises ConfigError if they cannot."""
+    if not config.otlp_endpoint and not _are_asked_for():
         return None
     try:
         # Optional, and nothing that a front without it should load.
@@ -172,7 +197,7 @@ def _spans(config: SchedulerConfig) -> Spans | None:
     return Tracing(endpoint=config.otlp_endpoint, model=config.name, version=SERVER_VERSION)
 
 
-def _is_asked_for_spans() -> bool:
+def _are_asked_for() -> bool:
     """Returns whether OpenTelemetry's variables name a place for spans and turn nothing off."""
     names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     is_off = (
@@ -201,25 +226,3 @@ async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> N
     if not drained.done():
         drained.cancel()
         await server.drain(0.0)
-
-
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    """Binds the server; returns the address with the real port. Raises ConfigError."""
-    # The umask counts only for a Unix socket: other users could otherwise connect.
-    umask = os.umask(0o177)
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {listen}: {error}") from error
-    finally:
-        os.umask(umask)
-    if listen.startswith("unix:"):
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"
-
-
-def _write_address(run_dir: Path, address: str) -> None:
-    """Tells in `run_dir/address` where the server listens, whole or not at all."""
-    draft = run_dir / "address.draft"
-    draft.write_text(address, encoding="utf-8")
-    draft.replace(run_dir / "address")

@@ -9,26 +9,26 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeAlias, TypeVar, assert_never
+from typing import TypeVar, assert_never
 
 import grpc
 import grpc.aio
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from tokenloom.scheduler.config import SchedulerConfig
+from tokenloom.scheduler.front.boundary import Context, bounded, parse, parsed
 from tokenloom.scheduler.front.chat import TemplateError
 from tokenloom.scheduler.front.errors import (
+    DRAINING,
     Absence,
     InvalidRequest,
     OtherModel,
-    RequestError,
     Unavailable,
     Violation,
-    abort,
-    fault_of,
 )
+from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.journal import Journal
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.record import Record
@@ -57,33 +57,39 @@ from tokenloom.scheduler.front.validate import (
     validate_tokenize,
 )
 from tokenloom.scheduler.messages import ModelReady, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.v1 import inference_pb2 as pb
 
 MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
 """A little more than the largest prompt that validation lets through."""
+_Request = TypeVar("_Request", bound=Message)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-
-_Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
-_Request = TypeVar("_Request", bound=Message)
 
 
 class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
     def __init__(
-        self, config: SchedulerConfig, text: TextModel, link: CoreLink, journal: Journal
+        self,
+        config: SchedulerConfig,
+        text: TextModel,
+        link: CoreLink,
+        *,
+        journal: Journal,
+        identities: Identities,
     ) -> None:
         self._config = config
         self._text = text
         self._link = link
         self._journal = journal
+        self._identities = identities
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._draining: Absence | None = None
+        self._is_draining = False
         self.model: ModelReady | Absence = Absence(
             reason="NOT_READY", message="the model is loading"
         )
@@ -93,10 +99,18 @@ class InferenceServicer:
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new requests and waits for the running ones; ends those left after `grace_s`."""
-        self._draining = Absence(reason="DRAINING", message="the server shuts down")
+        self.refuse_all()
         if not await self._idle_within(grace_s):
-            self._link.fail_all(self._draining)
+            self.end_all()
             await self._idle_within(2 * BLOCKED_WRITE_S)
+
+    def refuse_all(self) -> None:
+        """Refuses requests that come from now on."""
+        self._is_draining = True
+
+    def end_all(self) -> None:
+        """Ends the streams that are left, so that they go on elsewhere."""
+        self._link.fail_all(DRAINING)
 
     async def _idle_within(self, limit_s: float) -> bool:
         try:
@@ -119,8 +133,8 @@ class InferenceServicer:
 
     def _limits(self) -> Limits:
         """Returns what the model allows. Raises Unavailable if there is none."""
-        if self._draining is not None:
-            raise Unavailable(self._draining)
+        if self._is_draining:
+            raise Unavailable(DRAINING)
         if isinstance(self.model, Absence):
             raise Unavailable(self.model)
         text = self._text
@@ -145,38 +159,52 @@ class InferenceServicer:
         """Returns the service as a server takes it.
 
         Requests are parsed inside the boundary of each call, so that garbage
-        is refused like any other bad request.
+        is refused like any other bad request, and after its caller is known.
         """
-        unary = grpc.unary_unary_rpc_method_handler
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Generate": grpc.unary_stream_rpc_method_handler(_bounded(self.generate)),
-                "Tokenize": unary(_bounded(_parsed(pb.TokenizeRequest, self.tokenize))),
-                "Detokenize": unary(_bounded(_parsed(pb.DetokenizeRequest, self.detokenize))),
-                "GetModel": unary(_bounded(_parsed(pb.GetModelRequest, self.get_model))),
+                "Generate": grpc.unary_stream_rpc_method_handler(bounded(self.generate)),
+                "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
+                "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
+                "GetModel": self._unary(pb.GetModelRequest, self.get_model),
             },
         )
 
-    async def generate(self, data: bytes, context: _Context) -> None:
+    def _unary(
+        self,
+        request_type: type[_Request],
+        serve: Callable[[_Request, Context], Awaitable[Message]],
+    ) -> grpc.RpcMethodHandler[bytes, bytes | None]:
+        serve_bytes = parsed(request_type, serve)
+
+        async def call(data: bytes, context: Context) -> Message | None:
+            self._identities.tenant_of(context)
+            return await serve_bytes(data, context)
+
+        return grpc.unary_unary_rpc_method_handler(bounded(call))
+
+    async def generate(self, data: bytes, context: Context) -> None:
         """Streams one completion. Whatever comes of the call stands in the journal."""
         async with self._running():
             with self._journal.entry(context) as record:
-                request = _parse(pb.GenerateRequest, data)
-                await self._generate(request, context, record)
+                tenant = self._identities.tenant_of(context)
+                record.tenant = tenant.name
+                request = parse(pb.GenerateRequest, data)
+                await self._generate(request, context, record, tenant)
 
-    async def tokenize(self, request: pb.TokenizeRequest, _: _Context) -> pb.TokenizeResponse:
+    async def tokenize(self, request: pb.TokenizeRequest, _: Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
         prompt = validate_tokenize(request, self._limits())
         return pb.TokenizeResponse(token_ids=await self._tokens(prompt))
 
-    async def detokenize(self, request: pb.DetokenizeRequest, _: _Context) -> pb.DetokenizeResponse:
+    async def detokenize(self, request: pb.DetokenizeRequest, _: Context) -> pb.DetokenizeResponse:
         """Returns the text of token ids."""
         ids, skip_special_tokens = validate_detokenize(request, self._limits())
         text = await self._text.decode(ids, skip_special_tokens=skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
-    async def get_model(self, _: pb.GetModelRequest, __: _Context) -> pb.GetModelResponse:
+    async def get_model(self, _: pb.GetModelRequest, __: Context) -> pb.GetModelResponse:
         """Describes the served model."""
         limits = self._limits()
         return pb.GetModelResponse(
@@ -193,7 +221,7 @@ class InferenceServicer:
     # A stream --------------------------------------------------------------------------------
 
     async def _generate(
-        self, request: pb.GenerateRequest, context: _Context, record: Record
+        self, request: pb.GenerateRequest, context: Context, record: Record, tenant: Tenant
     ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
@@ -221,6 +249,8 @@ class InferenceServicer:
             sampling=spec.sampling,
             salt="",
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
+            request_id=call.request_id,
+            tenant=tenant.name,
         )
         try:
             if not stream.is_over:
@@ -238,7 +268,7 @@ class InferenceServicer:
             lambda: stream.resume(beginning, max_tokens=call.max_tokens),
         )
 
-    async def _deliver(self, stream: Stream, call: Call, context: _Context) -> None:
+    async def _deliver(self, stream: Stream, call: Call, context: Context) -> None:
         """Writes a stream's messages. The first write sends the initial metadata with it.
 
         Until then a refusal is trailers alone, which a client's retry policy may
@@ -292,47 +322,6 @@ class InferenceServicer:
                     raise InvalidRequest([violation]) from error
             case _:
                 assert_never(prompt)
-
-
-def _bounded(
-    serve: Callable[[bytes, _Context], Awaitable[Message | None]],
-) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
-    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
-
-    async def call(data: bytes, context: _Context) -> bytes | None:
-        try:
-            response = await serve(data, context)
-        except RequestError as error:
-            refusal = error
-        except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
-            raise asyncio.CancelledError from error
-        except Exception as error:  # noqa: BLE001 - the boundary around each call
-            refusal = fault_of(error)
-        else:
-            return None if response is None else response.SerializeToString()
-        return await abort(context, refusal)
-
-    return call
-
-
-def _parsed(
-    request_type: type[_Request], serve: Callable[[_Request, _Context], Awaitable[Message]]
-) -> Callable[[bytes, _Context], Awaitable[Message]]:
-    """Returns a call that takes its request as bytes."""
-
-    async def call(data: bytes, context: _Context) -> Message:
-        return await serve(_parse(request_type, data), context)
-
-    return call
-
-
-def _parse(request_type: type[_Request], data: bytes) -> _Request:
-    try:
-        return request_type.FromString(data)
-    except DecodeError as error:
-        name = request_type.DESCRIPTOR.full_name
-        violation = Violation(field="request", description=f"is not readable as {name}")
-        raise InvalidRequest([violation], "MALFORMED") from error
 
 
 def _server_version() -> str:
