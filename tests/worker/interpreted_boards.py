@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python -m tests.worker.interpreted_boards
 
 Each rank is a process and its board is memory that all of them map: they wait for each other as
-GPUs do. Sums are those of the library on two ranks, beside the twin's norm.
+GPUs do. Sums are those of the library on two ranks, beside the twin's norm, or a product of it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from tests.worker.kernel_cases import EPS, ULP
+from tokenloom.worker.kernels import Residual
+from tokenloom.worker.kernels.fused import FusedOperations
 from tokenloom.worker.kernels.norms import sum_norm
 from tokenloom.worker.kernels.twin import TorchOperations
+from tokenloom.worker.ranks import Alone
 from tokenloom.worker.ranks.board import Board, board_shape, empty_bits, word_of
+from tokenloom.worker.weights.linears import DenseLinear
 
 NUM_ROWS, SIZE = 3, 100
 NUM_STEPS = 12
@@ -41,6 +45,24 @@ def step_of(index: int, num_ranks: int, dtype: torch.dtype) -> tuple[Tensor, lis
     return rows, updates, (1 + 0.2 * torch.randn(SIZE, generator=rng)).to(dtype)
 
 
+class Boarded(Alone):
+    """Ranks that have a board."""
+
+    def __init__(self, board: Board) -> None:
+        self.num_ranks = board.num_ranks
+        self._board = board
+
+    def board(self, num_rows: int) -> Board:
+        assert num_rows <= self._board.num_rows
+        return self._board
+
+
+def matrix(dtype: torch.dtype) -> DenseLinear:
+    rng = torch.Generator().manual_seed(1)
+    weight = (0.1 * torch.randn(SIZE, SIZE, generator=rng)).to(dtype)
+    return DenseLinear(weight=weight, bias=None)
+
+
 def run(rank: int, boards: list[Tensor], results: Tensor, dtype: torch.dtype) -> None:
     """Sums as a rank, faster or slower than the others; writes what came of it."""
     pace = random.Random(rank)
@@ -50,9 +72,13 @@ def run(rank: int, boards: list[Tensor], results: Tensor, dtype: torch.dtype) ->
     for index in range(NUM_STEPS):
         rows, updates, weight = step_of(index, num_ranks, dtype)
         time.sleep(pace.choice([0, 0, 0.05]))
-        normed = sum_norm(board, rows, updates[rank], weight, EPS)
+        if index % 4 < 2:
+            result = sum_norm(board, rows, updates[rank], weight, EPS)
+        else:
+            residual = Residual(rows, updates[rank], ranks=Boarded(board))
+            result = FusedOperations().norm_linear(residual, weight, EPS, matrix(dtype))
         results[rank, index, 0, : len(rows)] = rows
-        results[rank, index, 1, : len(rows)] = normed
+        results[rank, index, 1, : len(rows)] = result
 
 
 def expect(results: Tensor, num_ranks: int, dtype: torch.dtype) -> None:
@@ -63,13 +89,15 @@ def expect(results: Tensor, num_ranks: int, dtype: torch.dtype) -> None:
         total = torch.zeros(rows.shape)
         for part in parts:
             total += part.float()
-        normed = twin.add_norm(rows, total.to(dtype), weight, EPS)
+        expected = twin.add_norm(rows, total.to(dtype), weight, EPS)
+        if index % 4 >= 2:
+            expected = matrix(dtype)(expected)
         for rank in range(num_ranks):
             found = results[rank, index, :, : len(rows)]
             assert torch.equal(found.nan_to_num(), results[0, index, :, : len(rows)].nan_to_num())
             torch.testing.assert_close(found[0], rows, rtol=0, atol=0, equal_nan=True)
             torch.testing.assert_close(
-                found[1], normed, rtol=2 * ULP[dtype], atol=ULP[dtype], equal_nan=True
+                found[1], expected, rtol=2 * ULP[dtype], atol=ULP[dtype], equal_nan=True
             )
 
 

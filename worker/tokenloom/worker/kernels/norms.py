@@ -8,9 +8,10 @@ A sum over ranks goes over their boards (`ranks/board.py`), in the pass that add
 Every rank adds the parts in the order of the ranks, in float32, so all have the same bits; a part
 and the sum are rounded to the rows' own type, as the library does it for two ranks.
 
-The ranks launch their kernels in the same order with as many rows. A program writes its parts
-before it waits, and waits for the others' programs of the same row alone. So all get on, however
-late one of them starts, and however few run at once, as programs start in order.
+The ranks launch these kernels in the same order, for as many rows. A program writes its part
+before it waits, and waits for the others' programs of its row alone. So all get on however late a
+rank starts, and however few programs run at once, as they start in order. They keep the rules of
+`overlap`: what they wait for is another GPU's, and the next kernel of this one may stand by.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ its own board has all parts. A cell that is not written holds -0.0, which is nob
 that has it writes 0.0. So each number says by itself that it is there, no flag has to be ordered
 behind it, and a sum takes one way between the GPUs. Who has read a cell empties it.
 
-A rank may be one sum ahead of another, for which there are two turns, but not two: it has the sum
-between only when that other one has written its part, in a kernel that began when the one before
-had ended, all it read emptied. Whose turn it is stands in the GPU's memory: a kernel of a graph
-finds it there and hands it on, a row at a time, however many rows the last sum had.
+A rank may be one sum ahead of another, hence two turns, but not two sums: for the one between it
+needs the other's part, written by a kernel that began when the one before had ended and emptied
+all that it read. Whose turn it is stands in the GPU's memory, for each row: a kernel in a graph
+finds it there and hands it on, however many rows the sum before had.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, distributed
 
 _MOST_ROWS = 128
-"""A kernel has a program a row: so many run at once on any GPU that has peers."""
+"""A kernel has a program a row: about as many as a large GPU has multiprocessors"""
 _MOST_BYTES = 2 * 1024**2
-"""That a rank sends. To send more parts than sums are needed takes longer than the library then."""
+"""That a rank sends. It sends all of its part to each other rank, which pays while bytes do not
+count: torch's own sum of that kind takes two H200s 13 µs for 1 MiB and 98 for 16, NCCL's 19 and 77.
+"""
 _WORDS = {2: torch.int16, 4: torch.int32}
 """What the cells of a number are compared as, by its bytes"""
 
@@ -42,6 +44,8 @@ class Board:
     """int16 or int32 [2, num_ranks, num_rows, size] of each rank: bits of parts by turn, sender"""
     turns: Tensor
     """int32 [num_rows], 0 or 1: which turn a row's next sum has"""
+    mapped: object = None
+    """While it lives, the others' cells are there."""
 
     @property
     def own(self) -> Tensor:
@@ -118,7 +122,7 @@ def open_board(
         own if each == rank else memory.get_buffer(each, shape, word) for each in range(shape[1])
     )
     turns = torch.zeros(shape[2], dtype=torch.int32, device=device)
-    return Board(rank=rank, cells=cells, turns=turns)
+    return Board(rank=rank, cells=cells, turns=turns, mapped=memory)
 
 
 def machine() -> int:
