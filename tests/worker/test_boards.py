@@ -35,12 +35,13 @@ def test_ranks_that_wait_for_each_other_have_the_same_sums() -> None:
 @pytest.mark.parametrize(
     ("size", "item_bytes", "num_ranks", "num_rows"),
     [
-        (4096, 2, 2, 128),
-        (8192, 2, 2, 128),
-        (8192, 2, 4, 42),
-        (4096, 2, 8, 36),
-        (8192, 4, 2, 64),
-        (1 << 20, 2, 8, 0),
+        (1024, 2, 2, 1024),
+        (4096, 2, 2, 1024),
+        (8192, 2, 2, 512),
+        (8192, 2, 4, 170),
+        (4096, 2, 8, 146),
+        (8192, 4, 2, 256),
+        (1 << 23, 2, 8, 0),
     ],
 )
 def test_a_rank_sends_what_is_sooner_there_than_by_the_library(
@@ -55,17 +56,17 @@ def test_an_empty_cell_says_minus_zero(dtype: torch.dtype) -> None:
     assert bits.tolist() == [empty_bits(word_of(dtype))]
 
 
-def group(num_ranks: int = 2, *, max_rows: int = 1000, size: int = 4096) -> Group:
+def group(num_ranks: int = 2, *, max_rows: int = 8192, size: int = 4096) -> Group:
     ranks = Group(rank=1, num_ranks=num_ranks, device=META)
     ranks.prepare(max_rows, size, torch.bfloat16)
     return ranks
 
 
 def test_sums_of_more_rows_than_a_board_has_are_the_librarys() -> None:
-    assert group().board(128) is not None
-    assert group().board(129) is None
+    assert group().board(1024) is not None
+    assert group().board(1025) is None
     assert group(max_rows=5).board(6) is None
-    assert group(num_ranks=8, size=1 << 20).board(1) is None
+    assert group(num_ranks=8, size=1 << 23).board(1) is None
     assert ALONE.board(1) is None
 
 
