@@ -35,13 +35,13 @@ def test_ranks_that_wait_for_each_other_have_the_same_sums() -> None:
 @pytest.mark.parametrize(
     ("size", "item_bytes", "num_ranks", "num_rows"),
     [
-        (1024, 2, 2, 1024),
-        (4096, 2, 2, 1024),
-        (8192, 2, 2, 512),
-        (8192, 2, 4, 170),
-        (4096, 2, 8, 146),
-        (8192, 4, 2, 256),
-        (1 << 23, 2, 8, 0),
+        (1024, 2, 2, 2048),
+        (4096, 2, 2, 2048),
+        (8192, 2, 2, 1024),
+        (8192, 2, 4, 341),
+        (4096, 2, 8, 292),
+        (8192, 4, 2, 512),
+        (1 << 24, 2, 8, 0),
     ],
 )
 def test_a_rank_sends_what_is_sooner_there_than_by_the_library(
@@ -63,10 +63,10 @@ def group(num_ranks: int = 2, *, max_rows: int = 8192, size: int = 4096) -> Grou
 
 
 def test_sums_of_more_rows_than_a_board_has_are_the_librarys() -> None:
-    assert group().board(1024) is not None
-    assert group().board(1025) is None
+    assert group().board(2048) is not None
+    assert group().board(2049) is None
     assert group(max_rows=5).board(6) is None
-    assert group(num_ranks=8, size=1 << 23).board(1) is None
+    assert group(num_ranks=8, size=1 << 24).board(1) is None
     assert ALONE.board(1) is None
 
 
