@@ -74,6 +74,11 @@ class Prometheus:
         assert len(found) < 2, found
         return found[0].value if found else None
 
+    def number(self, expression: str) -> float:
+        """Returns the only value of an expression, which has one."""
+        (found,) = self.query(expression)
+        return found.value
+
     def types(self) -> dict[str, str]:
         """Returns the type of each metric that was scraped, as Prometheus took it."""
         return {name: entries[0]["type"] for name, entries in self._get("metadata").items()}

@@ -113,7 +113,6 @@ def test_every_field_of_the_configuration_has_an_option(
         "log_format": "json",
         "log_level": "error",
         "otlp_endpoint": "http://localhost:4317",
-        "metrics_listen": "127.0.0.1:0",
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
