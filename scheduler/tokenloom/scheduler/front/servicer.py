@@ -24,12 +24,14 @@ from tokenloom.scheduler.front.errors import (
     InvalidRequest,
     OtherModel,
     RequestError,
+    Trailers,
     Unavailable,
     Violation,
     abort,
     fault_of,
 )
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.load import LoadReports
 from tokenloom.scheduler.front.responses import (
     Call,
     admission_response,
@@ -69,10 +71,13 @@ _Request = TypeVar("_Request", bound=Message)
 class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
-    def __init__(self, config: SchedulerConfig, text: TextModel, link: CoreLink) -> None:
+    def __init__(
+        self, config: SchedulerConfig, text: TextModel, link: CoreLink, reports: LoadReports
+    ) -> None:
         self._config = config
         self._text = text
         self._link = link
+        self._reports = reports
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
@@ -147,7 +152,7 @@ class InferenceServicer:
             SERVICE_NAME,
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
-                    _bounded(pb.GenerateRequest, self.generate)
+                    _bounded(pb.GenerateRequest, self.generate, self._reports.trailers)
                 ),
                 "Tokenize": unary(_bounded(pb.TokenizeRequest, self.tokenize)),
                 "Detokenize": unary(_bounded(pb.DetokenizeRequest, self.detokenize)),
@@ -281,8 +286,12 @@ class InferenceServicer:
 def _bounded(
     request_type: type[_Request],
     serve: Callable[[_Request, _Context], Awaitable[Message | None]],
+    trailers: Callable[[], Trailers] = tuple,
 ) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
-    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
+    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status.
+
+    `trailers` are sent with each status, also OK.
+    """
 
     async def call(data: bytes, context: _Context) -> bytes | None:
         try:
@@ -294,8 +303,9 @@ def _bounded(
         except Exception as error:  # noqa: BLE001 - the boundary around each call
             refusal = fault_of(error)
         else:
+            context.set_trailing_metadata(trailers())
             return None if response is None else response.SerializeToString()
-        return await abort(context, refusal)
+        return await abort(context, refusal, trailers())
 
     return call
 
