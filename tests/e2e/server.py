@@ -19,7 +19,7 @@ import psutil
 import zmq
 
 from tests.core.processes import FrontSocket
-from tokenloom.client import Client
+from tokenloom.client import TLS, Client
 from tokenloom.scheduler.messages import Inspection
 
 START_TIMEOUT_S = 120.0
@@ -78,9 +78,9 @@ class Server:
         wait_until(path.exists, START_TIMEOUT_S, alive=self.scheduler)
         return path.read_text()
 
-    def client(self) -> Client:
+    def client(self, *, credentials: TLS | None = None, token: str | None = None) -> Client:
         """Returns a client of the server, once the model is ready."""
-        client = Client(self.address)
+        client = Client(self.address, credentials=credentials, token=token)
         client.wait_ready(timeout_s=START_TIMEOUT_S)
         return client
 

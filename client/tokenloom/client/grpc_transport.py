@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, cast
 import grpc
 import grpc.aio
 
+from tokenloom.client.access import PLAIN, Access
 from tokenloom.client.affinity import Affinity, Visit, session_metadata
 from tokenloom.client.channels import Route, ServerTarget, route_to, route_to_replica
 from tokenloom.client.errors import Cancelled, DeadlineExceeded, TokenloomError
+from tokenloom.client.renewing import open_aio_channel, open_channel
 from tokenloom.client.status import error_from_status
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.inference_pb2_grpc import InferenceStub
@@ -33,13 +35,9 @@ _WATCH_PAUSE_S = 0.1  # between two attempts; gRPC itself paces the connecting
 class GrpcTransport:
     """Carries a `Client`'s calls over channels, which it closes only if it opened them."""
 
-    def __init__(
-        self,
-        target: ServerTarget | grpc.Channel,
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-    ) -> None:
-        self._credentials = credentials
+    def __init__(self, target: ServerTarget | grpc.Channel, *, access: Access = PLAIN) -> None:
+        """Raises ValueError for a target or an access that cannot be had."""
+        self._access = access
         self._opened: list[grpc.Channel] = []
         self._replicas: dict[str, InferenceStub] = {}
         if isinstance(target, grpc.Channel):
@@ -111,10 +109,7 @@ class GrpcTransport:
             channel.close()
 
     def _open(self, route: Route) -> grpc.Channel:
-        if self._credentials is None:
-            channel = grpc.insecure_channel(route.target, options=route.options)
-        else:
-            channel = grpc.secure_channel(route.target, self._credentials, options=route.options)
+        channel = open_channel(route.target, route.options, self._access)
         self._opened.append(channel)
         return channel
 
@@ -165,18 +160,18 @@ class AsyncGrpcTransport:
     A channel belongs to an event loop, so it is opened by its first call.
     """
 
-    def __init__(
-        self,
-        target: ServerTarget | grpc.aio.Channel,
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-    ) -> None:
-        self._credentials = credentials
+    def __init__(self, target: ServerTarget | grpc.aio.Channel, *, access: Access = PLAIN) -> None:
+        """Raises ValueError for a target or an access that cannot be had."""
+        self._access = access
         self._opened: list[grpc.aio.Channel] = []
         self._replicas: dict[str, InferenceAsyncStub] = {}
         self._cached_stub: InferenceAsyncStub | None = None
         self._target = target if isinstance(target, grpc.aio.Channel) else route_to(target)
-        self._affinity = Affinity(self._target.replicas if isinstance(self._target, Route) else ())
+        if isinstance(self._target, Route):
+            access.check(self._target.target)
+            self._affinity = Affinity(self._target.replicas)
+        else:
+            self._affinity = Affinity(())
 
     def generate_async(
         self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
@@ -241,11 +236,7 @@ class AsyncGrpcTransport:
         return self._target
 
     def _open(self, route: Route) -> grpc.aio.Channel:
-        target, options, credentials = route.target, route.options, self._credentials
-        if credentials is None:
-            channel = grpc.aio.insecure_channel(target, options=options)
-        else:
-            channel = grpc.aio.secure_channel(target, credentials, options=options)
+        channel = open_aio_channel(route.target, route.options, self._access)
         self._opened.append(channel)
         return channel
 

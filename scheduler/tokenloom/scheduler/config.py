@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,18 @@ class SchedulerConfig:
     """Name told to clients; empty: the last part of `model`."""
     listen: str = "127.0.0.1:50051"
     """Address of the gRPC server; `unix:PATH` is a Unix socket; port 0 picks a free one."""
+    insecure: bool = False
+    """Whether `listen` may be an address that others reach without TLS."""
+    tls_cert: str = ""
+    """A file with the server's certificate and those between it and its CA, as PEM; empty: no
+    TLS. It, and the two below, are read again when they change."""
+    tls_key: str = ""
+    """A file with the certificate's key, which others than its owner cannot read."""
+    tls_client_ca: str = ""
+    """A file with the CAs of clients' certificates; empty: clients need none."""
+    tenants: str = ""
+    """A file that says who may call (`tenants.py`), read again when it changes; empty: everybody
+    who can connect."""
     num_fronts: int = 1
     """Processes that speak gRPC, on one port. With more than one, `listen` names a port that
     the supervisor holds for them."""
@@ -121,6 +134,7 @@ class SchedulerConfig:
                 f"max_num_requests ({self.max_num_requests}): each running request takes one a step"
             )
         self._check_workers()
+        self._check_access()
         if self.num_fronts > 1 and self.listen.startswith("unix:"):
             raise ConfigError(
                 f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
@@ -138,6 +152,21 @@ class SchedulerConfig:
         if self.workers_listen and not self.workers_listen.startswith("tcp://"):
             raise ConfigError(
                 f"workers_listen is {self.workers_listen!r}; it must be tcp://HOST:PORT"
+            )
+
+    def _check_access(self) -> None:
+        """Raises ConfigError where strangers could read and write what is meant to be private."""
+        if bool(self.tls_cert) != bool(self.tls_key):
+            missing = "tls_key" if self.tls_cert else "tls_cert"
+            raise ConfigError(f"{missing} must be given, too: a certificate goes with its key")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError(
+                "tls_client_ca needs tls_cert and tls_key: clients show theirs in TLS"
+            )
+        if not (self.tls_cert or self.insecure or is_loopback(self.listen)):
+            raise ConfigError(
+                f"listen is {self.listen}, which other hosts may reach: it needs tls_cert and "
+                "tls_key; insecure allows it without, for networks that encrypt by themselves"
             )
 
     @property
@@ -166,6 +195,20 @@ class SchedulerConfig:
             return msgspec.json.decode(text, type=SchedulerConfig)
         except msgspec.DecodeError as error:
             raise ConfigError(f"configuration is not readable: {error}") from error
+
+
+def is_loopback(listen: str) -> bool:
+    """Returns whether only this host can reach an address that gRPC listens on.
+
+    Of names only `localhost` is known without asking, and so is no other.
+    """
+    if listen.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ConfigError(ValueError):

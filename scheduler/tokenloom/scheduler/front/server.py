@@ -18,12 +18,15 @@ from grpc_reflection.v1alpha import reflection
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
+from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.load import LoadReports
 from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
 from tokenloom.scheduler.front.text import TextModel
+from tokenloom.scheduler.front.tls import CONNECTION_AGE_MS, server_credentials
 from tokenloom.scheduler.messages import Load, ModelReady
 from tokenloom.scheduler.ports import check_free
+from tokenloom.scheduler.tenants import TenantsFile
 from tokenloom.wire.started import process_start_s
 
 _OPTIONS = (
@@ -60,12 +63,19 @@ class FrontServer:
             on_pulse=self._health.feel,
             on_load=self._on_load,
         )
-        self._servicer = InferenceServicer(config, text, self._link, self._reports)
-        self._health_task: asyncio.Task[None] | None = None
+        tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
+        self._identities = Identities(tenants)
+        self._servicer = InferenceServicer(
+            config, text, self._link, self._identities, self._reports
+        )
+        self._tasks: list[asyncio.Task[None]] = []
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
-        self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
+        options = [*_OPTIONS, sharing]
+        if config.tls_cert:
+            options.append(("grpc.max_connection_age_ms", CONNECTION_AGE_MS))
+        self._server = grpc.aio.server(options=options)
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
@@ -78,10 +88,13 @@ class FrontServer:
         await self._health.tell()
         if self._config.num_fronts == 1:  # else the supervisor holds the port
             check_free(self._config.listen)
-        self.address = _bind(self._server, self._config.listen)
+        self.address = _bind(self._server, self._config.listen, server_credentials(self._config))
         await self._server.start()
         self._link.open()
-        self._health_task = asyncio.create_task(self._health.follow(self._link.ping))
+        self._tasks = [
+            asyncio.create_task(self._health.follow(self._link.ping)),
+            asyncio.create_task(self._identities.follow()),
+        ]
         _write_address(Path(self._config.run_dir), self.address)
         _log.info("listening on %s", self.address)
 
@@ -93,8 +106,8 @@ class FrontServer:
     async def stop(self) -> None:
         """Ends what is left and closes everything."""
         (Path(self._config.run_dir) / "address").unlink(missing_ok=True)
-        if self._health_task is not None:
-            self._health_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._server.stop(_LAST_CALLS_S)
         self._link.close()
         self._text.close()
@@ -160,12 +173,15 @@ async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> N
         await server.drain(0.0)
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
     """Binds the server; returns the address with the real port. Raises ConfigError."""
     # The umask counts only for a Unix socket: other users could otherwise connect.
     umask = os.umask(0o177)
     try:
-        port = server.add_insecure_port(listen)
+        if credentials is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {listen}: {error}") from error
     finally:

@@ -30,6 +30,7 @@ from tokenloom.scheduler.front.errors import (
     abort,
     fault_of,
 )
+from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.load import LoadReports
 from tokenloom.scheduler.front.responses import (
@@ -57,6 +58,7 @@ from tokenloom.scheduler.front.validate import (
     validate_tokenize,
 )
 from tokenloom.scheduler.messages import ModelReady, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.v1 import inference_pb2 as pb
 
 MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
@@ -72,11 +74,17 @@ class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
     def __init__(
-        self, config: SchedulerConfig, text: TextModel, link: CoreLink, reports: LoadReports
+        self,
+        config: SchedulerConfig,
+        text: TextModel,
+        link: CoreLink,
+        identities: Identities,
+        reports: LoadReports,
     ) -> None:
         self._config = config
         self._text = text
         self._link = link
+        self._identities = identities
         self._reports = reports
         self._numbers = itertools.count()
         self._turns = Turns()
@@ -145,25 +153,36 @@ class InferenceServicer:
         """Returns the service as a server takes it.
 
         Requests are parsed inside the boundary of each call, so that garbage
-        is refused like any other bad request.
+        is refused like any other bad request, and after its caller is known.
         """
-        unary = grpc.unary_unary_rpc_method_handler
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
-                    _bounded(pb.GenerateRequest, self.generate, self._reports.trailers)
+                    _bounded(self.generate, self._reports.trailers)
                 ),
-                "Tokenize": unary(_bounded(pb.TokenizeRequest, self.tokenize)),
-                "Detokenize": unary(_bounded(pb.DetokenizeRequest, self.detokenize)),
-                "GetModel": unary(_bounded(pb.GetModelRequest, self.get_model)),
+                "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
+                "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
+                "GetModel": self._unary(pb.GetModelRequest, self.get_model),
             },
         )
 
-    async def generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+    def _unary(
+        self,
+        request_type: type[_Request],
+        serve: Callable[[_Request, _Context], Awaitable[Message]],
+    ) -> grpc.RpcMethodHandler[bytes, bytes | None]:
+        async def call(data: bytes, context: _Context) -> Message:
+            self._identities.tenant_of(context)
+            return await serve(_parse(request_type, data), context)
+
+        return grpc.unary_unary_rpc_method_handler(_bounded(call))
+
+    async def generate(self, data: bytes, context: _Context) -> None:
         """Streams one completion."""
         async with self._running():
-            await self._generate(request, context)
+            tenant = self._identities.tenant_of(context)
+            await self._generate(_parse(pb.GenerateRequest, data), context, tenant)
 
     async def tokenize(self, request: pb.TokenizeRequest, _: _Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
@@ -192,7 +211,9 @@ class InferenceServicer:
 
     # A stream --------------------------------------------------------------------------------
 
-    async def _generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+    async def _generate(
+        self, request: pb.GenerateRequest, context: _Context, tenant: Tenant
+    ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
         tokens = await self._tokens(spec.prompt)
@@ -216,6 +237,7 @@ class InferenceServicer:
             sampling=spec.sampling,
             salt="",
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
+            tenant=tenant.name,
         )
         try:
             if not stream.is_over:
@@ -284,8 +306,7 @@ class InferenceServicer:
 
 
 def _bounded(
-    request_type: type[_Request],
-    serve: Callable[[_Request, _Context], Awaitable[Message | None]],
+    serve: Callable[[bytes, _Context], Awaitable[Message | None]],
     trailers: Callable[[], Trailers] = tuple,
 ) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
     """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status.
@@ -295,7 +316,7 @@ def _bounded(
 
     async def call(data: bytes, context: _Context) -> bytes | None:
         try:
-            response = await serve(_parse(request_type, data), context)
+            response = await serve(data, context)
         except RequestError as error:
             refusal = error
         except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
