@@ -72,10 +72,10 @@ class FrontServer:
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
-        options = [*_OPTIONS, sharing]
-        if config.tls_cert:
-            options.append(("grpc.max_connection_age_ms", CONNECTION_AGE_MS))
-        self._server = grpc.aio.server(options=options)
+        # A client that connects again also looks its target's name up again, and so finds replicas
+        # that came meanwhile.
+        age = ("grpc.max_connection_age_ms", CONNECTION_AGE_MS)
+        self._server = grpc.aio.server(options=(*_OPTIONS, sharing, age))
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
