@@ -54,14 +54,16 @@ class CoreLink:
         *,
         on_model: Callable[[ModelReady | Absence], None],
         on_pulse: Callable[[Pulse], None],
+        on_load: Callable[[Load], None],
     ) -> None:
         """`on_model` is told what the core serves, or why it serves nothing; `on_pulse`, its life.
 
-        The latter is the answer to `ping`.
+        The latter is the answer to `ping`. `on_load` is told how busy it is.
         """
         self._endpoint = endpoint
         self._on_model = on_model
         self._on_pulse = on_pulse
+        self._on_load = on_load
         self._streams: dict[int, Stream] = {}
         self._commands: list[Submit | Abort | Stop | Ping] = []
         self._context = zmq.Context()
@@ -167,6 +169,7 @@ class CoreLink:
                 self._on_pulse(message)
             case Load():
                 self.load = message
+                self._on_load(message)
             case Inspection():
                 pass  # a front never asks
             case _:

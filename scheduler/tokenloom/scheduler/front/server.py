@@ -20,10 +20,11 @@ from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
 from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.load import LoadReports
 from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
 from tokenloom.scheduler.front.text import TextModel
 from tokenloom.scheduler.front.tls import CONNECTION_AGE_MS, server_credentials
-from tokenloom.scheduler.messages import ModelReady
+from tokenloom.scheduler.messages import Load, ModelReady
 from tokenloom.scheduler.ports import check_free
 from tokenloom.scheduler.tenants import TenantsFile
 from tokenloom.wire.started import process_start_s
@@ -55,12 +56,18 @@ class FrontServer:
         self._config = config
         self._text = text
         self._health = Health((SERVICE_NAME,), timeout_s=config.heartbeat_timeout_s)
+        self._reports = LoadReports()
         self._link = CoreLink(
-            config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
+            config.core_endpoint,
+            on_model=self._on_model,
+            on_pulse=self._health.feel,
+            on_load=self._on_load,
         )
         tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
         self._identities = Identities(tenants)
-        self._servicer = InferenceServicer(config, text, self._link, self._identities)
+        self._servicer = InferenceServicer(
+            config, text, self._link, self._identities, self._reports
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
@@ -74,7 +81,7 @@ class FrontServer:
 
     async def start(self) -> None:
         """Listens and connects to the core. Raises ConfigError if the address cannot be had."""
-        self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        self._server.add_generic_rpc_handlers((self._servicer.handler(), self._reports.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
@@ -104,6 +111,9 @@ class FrontServer:
         await self._server.stop(_LAST_CALLS_S)
         self._link.close()
         self._text.close()
+
+    def _on_load(self, load: Load) -> None:
+        self._reports.feel(load, time.monotonic())
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model

@@ -24,6 +24,7 @@ from tokenloom.scheduler.front.errors import (
     InvalidRequest,
     OtherModel,
     RequestError,
+    Trailers,
     Unavailable,
     Violation,
     abort,
@@ -31,6 +32,7 @@ from tokenloom.scheduler.front.errors import (
 )
 from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.load import LoadReports
 from tokenloom.scheduler.front.responses import (
     Call,
     admission_response,
@@ -72,12 +74,18 @@ class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
     def __init__(
-        self, config: SchedulerConfig, text: TextModel, link: CoreLink, identities: Identities
+        self,
+        config: SchedulerConfig,
+        text: TextModel,
+        link: CoreLink,
+        identities: Identities,
+        reports: LoadReports,
     ) -> None:
         self._config = config
         self._text = text
         self._link = link
         self._identities = identities
+        self._reports = reports
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
@@ -150,7 +158,9 @@ class InferenceServicer:
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Generate": grpc.unary_stream_rpc_method_handler(_bounded(self.generate)),
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    _bounded(self.generate, self._reports.trailers)
+                ),
                 "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
                 "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
                 "GetModel": self._unary(pb.GetModelRequest, self.get_model),
@@ -297,8 +307,12 @@ class InferenceServicer:
 
 def _bounded(
     serve: Callable[[bytes, _Context], Awaitable[Message | None]],
+    trailers: Callable[[], Trailers] = tuple,
 ) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
-    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
+    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status.
+
+    `trailers` are sent with each status, also OK.
+    """
 
     async def call(data: bytes, context: _Context) -> bytes | None:
         try:
@@ -310,8 +324,9 @@ def _bounded(
         except Exception as error:  # noqa: BLE001 - the boundary around each call
             refusal = fault_of(error)
         else:
+            context.set_trailing_metadata(trailers())
             return None if response is None else response.SerializeToString()
-        return await abort(context, refusal)
+        return await abort(context, refusal, trailers())
 
     return call
 
