@@ -56,8 +56,9 @@ _RETRIES = {
         }
     ],
     # Each failure takes a token and each success gives a tenth back; below half there are no
-    # retries. So servers that are gone for longer get a tenth more calls, not four times as many.
-    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.1},
+    # retries. So a burst of refusals goes elsewhere, and servers that are gone for longer get a
+    # tenth more calls, not four times as many.
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }
 _BALANCING = {
     "loadBalancingConfig": [
