@@ -235,7 +235,7 @@ class InferenceServicer:
             tokens=tokens.tobytes(),
             max_tokens=max_tokens,
             sampling=spec.sampling,
-            salt="",
+            salt=tenant.cache_group,
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
             tenant=tenant.name,
         )
