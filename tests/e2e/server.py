@@ -78,6 +78,13 @@ class Server:
         wait_until(path.exists, START_TIMEOUT_S, alive=self.scheduler)
         return path.read_text()
 
+    @property
+    def admin_address(self) -> str:
+        """Where operators are served, with --admin-listen."""
+        path = self.run_dir / "admin-address"
+        wait_until(path.exists, START_TIMEOUT_S, alive=self.scheduler)
+        return path.read_text()
+
     def client(self) -> Client:
         """Returns a client of the server, once the model is ready."""
         client = Client(self.address)

@@ -21,6 +21,7 @@ from tokenloom.client.errors import (
 from tokenloom.client.requests import Message, Options
 from tokenloom.client.results import (
     Admission,
+    Cost,
     Delta,
     FinishReason,
     Model,
@@ -40,6 +41,7 @@ __all__ = [
     "AsyncStream",
     "Cancelled",
     "Client",
+    "Cost",
     "DeadlineExceeded",
     "Delta",
     "FinishReason",

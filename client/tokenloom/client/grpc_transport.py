@@ -13,6 +13,7 @@ import grpc.aio
 
 from tokenloom.client.errors import Cancelled, DeadlineExceeded, TokenloomError
 from tokenloom.client.status import error_from_status
+from tokenloom.client.tracing import trace_metadata
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.inference_pb2_grpc import InferenceStub
 
@@ -63,9 +64,10 @@ class GrpcTransport:
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float | None) -> _GrpcStream:
         """Starts a Generate call."""
         try:
-            return _GrpcStream(self._stub.Generate(request, timeout=timeout_s))
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
         except ValueError as error:  # gRPC's word for a channel that is closed
             raise Cancelled("the client is closed") from error
+        return _GrpcStream(call)
 
     def tokenize(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None
@@ -150,9 +152,10 @@ class AsyncGrpcTransport:
     ) -> _AsyncGrpcStream:
         """Starts a Generate call in the running event loop."""
         try:
-            return _AsyncGrpcStream(self._stub().Generate(request, timeout=timeout_s))
+            call = self._stub().Generate(request, timeout=timeout_s, metadata=trace_metadata())
         except grpc.aio.UsageError as error:  # gRPC's word for a channel that is closed
             raise Cancelled("the client is closed") from error
+        return _AsyncGrpcStream(call)
 
     async def tokenize_async(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None

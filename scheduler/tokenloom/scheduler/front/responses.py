@@ -11,6 +11,8 @@ from tokenloom.scheduler.messages import FinishReason
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.wire.messages import TokenLogprobs
 
+_HOUR_S = 3600.0
+
 _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
@@ -63,9 +65,12 @@ def pause_response() -> pb.GenerateResponse:
     return pb.GenerateResponse(pause=pb.Pause(reason=pb.PAUSE_REASON_RECOVERING))
 
 
-def finish_response(call: Call, end: End, *, num_cached_tokens: int) -> pb.GenerateResponse:
+def finish_response(
+    call: Call, end: End, *, num_cached_tokens: int, gpu_hour_price: float | None
+) -> pb.GenerateResponse:
     """Returns the last message of a stream; what the core does not know is left out."""
     finished = end.finished
+    price = None if gpu_hour_price is None else finished.gpu_s / _HOUR_S * gpu_hour_price
     return pb.GenerateResponse(
         finish=pb.Finish(
             reason=_REASONS[finished.reason],
@@ -79,6 +84,13 @@ def finish_response(call: Call, end: End, *, num_cached_tokens: int) -> pb.Gener
             ),
             stop_token_id=finished.stop_token_id,
             stop_string=end.stop_string,
+            cost=pb.Cost(
+                gpu_s=finished.gpu_s,
+                kv_block_s=finished.kv_block_s,
+                num_recomputed_tokens=finished.num_recomputed_tokens,
+                num_preemptions=finished.num_preemptions,
+                price=price,
+            ),
         )
     )
 
