@@ -51,7 +51,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, collector: Collector, log: Path) -> Iterator[Server]:
-    options = (f"--otlp-endpoint={collector.endpoint}", "--log-format=json", "--max-crashes=20")
+    options = (
+        *(f"--otlp-endpoint={collector.endpoint}", "--log-format=json"),
+        *("--max-crashes=20", "--gpu-hour-price=1800"),
+    )
     stderr = os.dup(2)
     try:
         with log.open("wb") as file, pytest.MonkeyPatch.context() as patch:
@@ -144,6 +147,8 @@ def test_a_span_tells_what_became_of_a_request(
         }.items()
     )
     assert 0 < line["first_token_s"] <= line["total_s"]
+    assert 0 < line["gpu_s"] == pytest.approx(2 * line["price"], abs=1e-5)
+    assert told["tokenloom.gpu_s"] == pytest.approx(line["gpu_s"], abs=1e-5)
     assert {each["service.name"] for each in collector.resources} == {"tokenloom"}
 
 

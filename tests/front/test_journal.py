@@ -7,16 +7,20 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
+from tests.front.fake_core import FakeCore
 from tests.front.harness import Front, until
+from tests.front.secured import generate, refused, secured
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front import server
 from tokenloom.scheduler.front.record import MAX_EVENTS, Event, Record, TraceParent
+from tokenloom.scheduler.tenants import digest_of_token, new_token
 from tokenloom.wire import logs
 
 SECRET = "xyzzy-plugh-4711"
@@ -75,6 +79,26 @@ async def test_each_call_has_one_line(front: Front, caplog: pytest.LogCaptureFix
     assert (first["code"], first["reason"]) == ("OK", "length")
     assert (second["code"], second["reason"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
     assert (third["code"], third["reason"]) == ("CANCELLED", None)
+
+
+async def test_a_line_tells_whose_call_it_was_and_of_what_nobody_may_ask(
+    core: FakeCore,
+    run_dir: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "tokenloom.requests")
+    token, tenants = new_token(), tmp_path / "tenants.toml"
+    tenants.write_text(f'[tenants.search]\ntoken_sha256 = ["{digest_of_token(token)}"]')
+    async with secured(core, run_dir, checkpoint, {"tenants": str(tenants)}) as front:
+        bearer = (("authorization", f"Bearer {token}"),)
+        await generate(front.server.address, None, metadata=bearer)
+        await refused(front.server.address, None)
+        await until(lambda: len(caplog.records) == 2)
+    served, stranger = (vars(record)["fields"] for record in caplog.records)
+    assert (served["tenant"], served["code"]) == ("search", "OK")
+    assert (stranger["tenant"], stranger["reason"]) == (None, "NO_IDENTITY")
 
 
 async def test_a_stream_that_lost_its_model_tells_when_it_went_on(

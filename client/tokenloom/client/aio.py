@@ -18,6 +18,7 @@ from typing import Self, Unpack
 import grpc
 import grpc.aio
 
+from tokenloom.client.access import PLAIN, TLS, Access, Token
 from tokenloom.client.completion import Completion
 from tokenloom.client.errors import TokenloomError
 from tokenloom.client.grpc_transport import AsyncGrpcTransport
@@ -46,13 +47,18 @@ class AsyncClient:
         self,
         target: str | grpc.aio.Channel | AsyncTransport,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: TLS | grpc.ChannelCredentials | None = None,
+        token: Token | None = None,
+        insecure: bool = False,
         resume: Resume | None = DEFAULT_RESUME,
     ) -> None:
-        if credentials is not None and not isinstance(target, str):
-            raise TypeError("credentials go with an address; a channel has its own")
+        access = Access(credentials=credentials, token=token, insecure=insecure)
+        if access != PLAIN and not isinstance(target, str):
+            raise TypeError(
+                "credentials go with an address, and so does a token; a channel has its own"
+            )
         if isinstance(target, str | grpc.aio.Channel):
-            self._transport: AsyncTransport = AsyncGrpcTransport(target, credentials=credentials)
+            self._transport: AsyncTransport = AsyncGrpcTransport(target, access=access)
         elif isinstance(target, AsyncTransport):
             self._transport = target
         else:

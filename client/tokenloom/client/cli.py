@@ -24,6 +24,8 @@ from tokenloom.client import operating
 from tokenloom.client.chat import ChatSession, describe, interrupt_cancels
 from tokenloom.client.client import Client, Stream
 from tokenloom.client.errors import Cancelled, TokenloomError
+from tokenloom.client.flags import access_of, add_access_options
+from tokenloom.client.grpc_transport import GrpcTransport
 from tokenloom.client.health import health
 from tokenloom.client.requests import Message, Options
 
@@ -33,6 +35,7 @@ _KNOWN = {
     "serve": ("scheduler", "python -m tokenloom.scheduler serve"),
     "scheduler": ("scheduler", "python -m tokenloom.scheduler scheduler"),
     "keys": ("scheduler", "python -m tokenloom.scheduler keys"),
+    "bearer-token": ("scheduler", "python -m tokenloom.scheduler bearer-token"),
     "worker": ("worker", "python -m tokenloom.worker"),
     "plan": ("worker", "python -m tokenloom.worker.plan"),
     "quantize": ("worker", "python -m tokenloom.worker.saving"),
@@ -83,7 +86,7 @@ def generate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     try:
-        with Client(args.target) as client:
+        with _client(args) as client:
             options = _options(args)
             if args.chat:
                 messages = [Message("user", prompt)]
@@ -118,7 +121,7 @@ def chat(argv: list[str]) -> int:
     _add_options(parser)
     args = parser.parse_args(argv)
     try:
-        with Client(args.target) as client:
+        with _client(args) as client:
             session = ChatSession(
                 client,
                 target=args.target,
@@ -130,6 +133,8 @@ def chat(argv: list[str]) -> int:
     except TokenloomError as error:
         print(f"tokenloom: {describe(error, args.target)}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def bench(argv: list[str]) -> int:
@@ -144,6 +149,11 @@ def top(argv: list[str]) -> int:
     from tokenloom.client.top.cli import main as run
 
     return run(argv)
+
+
+def _client(args: argparse.Namespace) -> Client:
+    """Returns a client of the target. Raises ValueError."""
+    return Client(GrpcTransport(args.target, access=access_of(args)))
 
 
 def _print_stream(stream: Stream, *, as_json: bool) -> None:
@@ -183,6 +193,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout-s", type=float, help="seconds an answer may take (default: no limit)"
     )
+    add_access_options(parser)
     group = parser.add_argument_group(
         "how to answer", "an option that is left out is not sent; the server's default applies"
     )

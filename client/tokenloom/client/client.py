@@ -17,6 +17,7 @@ from typing import Self, Unpack
 
 import grpc
 
+from tokenloom.client.access import PLAIN, TLS, Access, Token
 from tokenloom.client.completion import Completion
 from tokenloom.client.errors import TokenloomError
 from tokenloom.client.grpc_transport import GrpcTransport
@@ -40,7 +41,12 @@ class Client:
     `target` is an address as gRPC writes it (`host:port`, `unix:/path`, `dns:///name:port`), a
     channel, which stays the caller's to close, or another transport, such as
     `tokenloom.client.testing.FakeServer`. The connection is made when it is first needed and
-    made again when it breaks. `credentials` turns on TLS.
+    made again when it breaks.
+
+    `credentials` turns on TLS: a `TLS` names files, which are read again when they change, and
+    credentials of gRPC are used as they are. `token` is a bearer token, or the path of a file that
+    holds it and may change, too; in plaintext it goes nowhere but to this host, unless `insecure`.
+    Raises ValueError for files that cannot be used.
 
     Every method raises TokenloomError. `timeout_s` is the time that a whole call may take; the
     server knows it too, and stops to work for a call whose time is over. None: no limit.
@@ -54,13 +60,18 @@ class Client:
         self,
         target: str | grpc.Channel | Transport,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: TLS | grpc.ChannelCredentials | None = None,
+        token: Token | None = None,
+        insecure: bool = False,
         resume: Resume | None = DEFAULT_RESUME,
     ) -> None:
-        if credentials is not None and not isinstance(target, str):
-            raise TypeError("credentials go with an address; a channel has its own")
+        access = Access(credentials=credentials, token=token, insecure=insecure)
+        if access != PLAIN and not isinstance(target, str):
+            raise TypeError(
+                "credentials go with an address, and so does a token; a channel has its own"
+            )
         if isinstance(target, str | grpc.Channel):
-            self._transport: Transport = GrpcTransport(target, credentials=credentials)
+            self._transport: Transport = GrpcTransport(target, access=access)
         elif isinstance(target, Transport):
             self._transport = target
         else:

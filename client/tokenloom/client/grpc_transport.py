@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 import grpc
 import grpc.aio
 
+from tokenloom.client.access import PLAIN, Access
 from tokenloom.client.errors import Cancelled, DeadlineExceeded, TokenloomError
+from tokenloom.client.renewing import open_aio_channel, open_channel
 from tokenloom.client.status import error_from_status
 from tokenloom.client.tracing import trace_metadata
 from tokenloom.v1 import inference_pb2 as pb
@@ -49,16 +51,13 @@ _WATCH_PAUSE_S = 0.1  # between two attempts; gRPC itself paces the connecting
 class GrpcTransport:
     """Carries a `Client`'s calls over a channel, which it closes only if it opened it."""
 
-    def __init__(
-        self, target: str | grpc.Channel, *, credentials: grpc.ChannelCredentials | None = None
-    ) -> None:
+    def __init__(self, target: str | grpc.Channel, *, access: Access = PLAIN) -> None:
+        """Raises ValueError for an access that cannot be had."""
         self._owns_channel = isinstance(target, str)
         if not isinstance(target, str):
             self._channel = target
-        elif credentials is None:
-            self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
+            self._channel = open_channel(target, _OPTIONS, access)
         self._stub = InferenceStub(self._channel)
 
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float | None) -> _GrpcStream:
@@ -139,11 +138,12 @@ class AsyncGrpcTransport:
     A channel belongs to an event loop, so it is opened by the first call.
     """
 
-    def __init__(
-        self, target: str | grpc.aio.Channel, *, credentials: grpc.ChannelCredentials | None = None
-    ) -> None:
+    def __init__(self, target: str | grpc.aio.Channel, *, access: Access = PLAIN) -> None:
+        """Raises ValueError for an access that cannot be had."""
         self._target = target
-        self._credentials = credentials
+        self._access = access
+        if isinstance(target, str):
+            access.check(target)
         self._opened: grpc.aio.Channel | None = None
         self._cached_stub: InferenceAsyncStub | None = None
 
@@ -202,12 +202,7 @@ class AsyncGrpcTransport:
         if not isinstance(self._target, str):
             return self._target
         if self._opened is None:
-            if self._credentials is None:
-                self._opened = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
-            else:
-                self._opened = grpc.aio.secure_channel(
-                    self._target, self._credentials, options=_OPTIONS
-                )
+            self._opened = open_aio_channel(self._target, _OPTIONS, self._access)
         return self._opened
 
     def _stub(self) -> InferenceAsyncStub:

@@ -1,4 +1,4 @@
-"""The commands `tokenloom serve`, `tokenloom scheduler` and `tokenloom keys`.
+"""The commands `tokenloom serve`, `scheduler`, `keys` and `bearer-token`.
 
 Nothing heavy is imported here: `--help` answers at once, and the processes
 that need gRPC, ZeroMQ or torch are started as such.
@@ -37,6 +37,14 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
         str,
         "address of the operators' service, on this host or unix:PATH (default: there is none)",
     ),
+    (
+        "tls_cert",
+        str,
+        "file of the server's certificate chain (PEM); with it the server speaks TLS",
+    ),
+    ("tls_key", str, "file of its key"),
+    ("tls_client_ca", str, "file of CAs; with it every client must show a certificate of theirs"),
+    ("tenants", str, "TOML file of those who may call; docs/operations.md has its form"),
     ("num_fronts", int, "processes that speak gRPC; connections to the port are spread over them"),
     ("served_name", str, "name told to clients (default: the last part of MODEL)"),
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
@@ -194,6 +202,22 @@ def keys(argv: Sequence[str]) -> int:
     return 0
 
 
+def bearer_token(argv: Sequence[str]) -> int:
+    """Makes a bearer token, and what the tenants file has of it. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="tokenloom bearer-token",
+        description="Makes a random bearer token: prints it on standard output, and on standard "
+        "error its line for the tenants file, from which nobody can tell the token.",
+    )
+    parser.parse_args(argv)
+    from tokenloom.scheduler.tenants import digest_of_token, new_token
+
+    made = new_token()
+    print(made)
+    sys.stderr.write(f'token_sha256 = ["{digest_of_token(made)}"]\n')
+    return 0
+
+
 def _devices(given: str | None, num_workers: int) -> list[list[str]]:
     """Returns the option that tells each worker its device. Raises ConfigError."""
     if num_workers <= 1 or given == "cpu":
@@ -242,6 +266,11 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["prefix_cache"],
         help="keep blocks of finished requests and find them again",
     )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen without TLS where other hosts reach it; meant for networks that encrypt",
+    )
 
 
 def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
@@ -260,6 +289,7 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]]) -> int:
                 prefix_cache=args.prefix_cache,
                 log_format=args.log_format,
                 log_level=args.log_level,
+                insecure=args.insecure,
                 **given,
             )
             if config.num_fronts > 1:

@@ -57,6 +57,18 @@ class SchedulerConfig:
     admin_listen: str = ""
     """Address of the operators' service, as `listen`; empty: there is none. Only this host
     reaches it, for it asks nobody who he is."""
+    insecure: bool = False
+    """Whether `listen` may be an address that others reach without TLS."""
+    tls_cert: str = ""
+    """A file with the server's certificate and those between it and its CA, as PEM; empty: no
+    TLS. It, and the two below, are read again when they change."""
+    tls_key: str = ""
+    """A file with the certificate's key, which others than its owner cannot read."""
+    tls_client_ca: str = ""
+    """A file with the CAs of clients' certificates; empty: clients need none."""
+    tenants: str = ""
+    """A file that says who may call (`tenants.py`), read again when it changes; empty: everybody
+    who can connect."""
     num_fronts: int = 1
     """Processes that speak gRPC, on one port. With more than one, `listen` names a port that
     the supervisor holds for them."""
@@ -140,6 +152,7 @@ class SchedulerConfig:
         self._check_workers()
         self._check_metrics()
         self._check_admin()
+        self._check_access()
         if self.num_fronts > 1 and self.listen.startswith("unix:"):
             raise ConfigError(
                 f"num_fronts is {self.num_fronts} and listen is {self.listen}; "
@@ -188,6 +201,21 @@ class SchedulerConfig:
         if self.gpu_hour_price is not None and not 0 <= self.gpu_hour_price < math.inf:
             raise ConfigError(
                 f"gpu_hour_price is {self.gpu_hour_price}; it must be 0 or a positive number"
+            )
+
+    def _check_access(self) -> None:
+        """Raises ConfigError where strangers could read and write what is meant to be private."""
+        if bool(self.tls_cert) != bool(self.tls_key):
+            missing = "tls_key" if self.tls_cert else "tls_cert"
+            raise ConfigError(f"{missing} must be given, too: a certificate goes with its key")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError(
+                "tls_client_ca needs tls_cert and tls_key: clients show theirs in TLS"
+            )
+        if not (self.tls_cert or self.insecure or is_loopback(self.listen)):
+            raise ConfigError(
+                f"listen is {self.listen}, which other hosts may reach: it needs tls_cert and "
+                "tls_key; insecure allows it without, for networks that encrypt by themselves"
             )
 
     @property

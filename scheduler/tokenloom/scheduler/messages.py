@@ -225,6 +225,10 @@ class Finished(_Message, frozen=True):
     """Positions computed again after a preemption or the loss of a worker."""
     num_preemptions: int = 0
 
+    def price(self, gpu_hour_price: float | None) -> float | None:
+        """Returns what `gpu_s` costs, if an hour of a GPU has a price."""
+        return None if gpu_hour_price is None else self.gpu_s / 3600 * gpu_hour_price
+
 
 class Outputs(_Message, frozen=True):
     """What a step, or a batch of commands, brought the streams of one front.

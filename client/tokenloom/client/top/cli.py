@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NoReturn
 
-import grpc
-
+from tokenloom.client.flags import access_of, add_access_options
+from tokenloom.client.renewing import open_channel
 from tokenloom.client.top.rows import Row, row_of
 from tokenloom.client.top.screen import Screen
 from tokenloom.client.top.table import as_json, table
 from tokenloom.client.top.watching import Watch
 
-_CHANNEL_OPTIONS = [
+_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
@@ -33,9 +33,15 @@ def main(argv: Sequence[str]) -> int:
 
     0; with `--once` 1 if one of the replicas is away; 130 interrupted.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     try:
-        with Watch(args.targets, interval_s=args.interval_s, dial=_dial) as watch:
+        access = access_of(args)
+        channels = {each: open_channel(each, _OPTIONS, access) for each in args.targets}
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        with Watch(channels, interval_s=args.interval_s) as watch:
             if args.once:
                 return _once(watch, args)
             if args.json or not sys.stdout.isatty():
@@ -75,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--once", action="store_true", help="print one table and leave: 1 if a replica is away"
     )
     parser.add_argument("--json", action="store_true", help="print an object a line, not a table")
+    add_access_options(parser)
     return parser
 
 
@@ -83,10 +90,6 @@ def _interval(text: str) -> float:
     if not 0.1 <= value <= 60:
         raise argparse.ArgumentTypeError(f"{text} is not in [0.1, 60]")
     return value
-
-
-def _dial(target: str) -> grpc.Channel:
-    return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
 
 
 def _once(watch: Watch, args: argparse.Namespace) -> int:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
 
 import grpc
 
+from tokenloom.client.errors import TokenloomError
 from tokenloom.client.top.rows import Sample, Sight
 from tokenloom.v1 import admin_pb2 as pb
 from tokenloom.v1.admin_pb2_grpc import AdminStub
-
-Dial = Callable[[str], grpc.Channel]
-"""Opens a channel to an address."""
 
 _PAUSE_S = 1.0
 """Between the end of one call and the next."""
@@ -27,16 +25,17 @@ _PATIENCE_S = 5.0
 class Watch:
     """All replicas, as they are known now, until the end of `with`."""
 
-    def __init__(self, targets: Sequence[str], *, interval_s: float, dial: Dial) -> None:
+    def __init__(self, channels: Mapping[str, grpc.Channel], *, interval_s: float) -> None:
+        """`channels` by the replicas' names; they are closed at the end."""
+        self._channels = channels
         self._interval_s = interval_s
-        self._dial = dial
         self._stopped = threading.Event()
         self._changed = threading.Condition()
-        self._sights = [Sight(target=target) for target in targets]
+        self._sights = [Sight(target=target) for target in channels]
         self._calls: dict[int, grpc.Call] = {}
         self._threads = [
             threading.Thread(target=self._follow, args=(place,), daemon=True)
-            for place in range(len(targets))
+            for place in range(len(channels))
         ]
 
     def sights(self) -> list[Sight]:
@@ -85,23 +84,31 @@ class Watch:
     def _follow(self, place: int) -> None:
         target = self._sights[place].target
         request = pb.WatchLoadRequest(interval_s=self._interval_s)
-        with self._dial(target) as channel:
+        with self._channels[target] as channel:
             stub = AdminStub(channel)
             while not self._stopped.is_set():
-                call = stub.WatchLoad(request)
-                with self._changed:
-                    self._calls[place] = cast("grpc.Call", call)
-                try:
-                    for report in call:
-                        self._see(place, report)
-                    error = "the server ended the call"
-                except grpc.RpcError as rpc_error:
-                    status = cast("grpc.Call", rpc_error)
-                    error = f"{status.code().name}: {status.details()}"
+                error = self._read(place, stub, request)
                 with self._changed:
                     self._sights[place] = Sight(target=target, error=error)
                     self._changed.notify_all()
                 self._stopped.wait(_PAUSE_S)
+
+    def _read(self, place: int, stub: AdminStub, request: pb.WatchLoadRequest) -> str:
+        """Reads reports until there are no more; returns why."""
+        try:
+            call = stub.WatchLoad(request)
+            with self._changed:
+                self._calls[place] = cast("grpc.Call", call)
+                if self._stopped.is_set():  # who stops has not seen this call
+                    call.cancel()
+            for report in call:
+                self._see(place, report)
+        except grpc.RpcError as rpc_error:
+            status = cast("grpc.Call", rpc_error)
+            return f"{status.code().name}: {status.details()}"
+        except TokenloomError as error:  # there is no token in its file
+            return str(error)
+        return "the server ended the call"
 
     def _see(self, place: int, report: pb.LoadReport) -> None:
         sample = Sample(at_s=time.monotonic(), report=report)

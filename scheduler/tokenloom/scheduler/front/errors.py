@@ -2,6 +2,8 @@
 
     RequestError             code                 reason in google.rpc.ErrorInfo
     ├── InvalidRequest       INVALID_ARGUMENT     INVALID_REQUEST, PROMPT_TOO_LONG, MALFORMED
+    ├── Unauthenticated      UNAUTHENTICATED      NO_IDENTITY, BAD_TOKEN
+    ├── UnknownTenant        PERMISSION_DENIED    UNKNOWN_TENANT
     ├── OtherModel           FAILED_PRECONDITION  OTHER_MODEL
     ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL, DEADLINE_UNREACHABLE, TENANT_LIMIT
     ├── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
@@ -92,6 +94,21 @@ class InvalidRequest(RequestError):
                 field=violation.field, description=violation.description
             )
         return [bad_request]
+
+
+class Unauthenticated(RequestError):
+    """The call does not say whose it is, or says it in vain."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class UnknownTenant(RequestError):
+    """The caller is who it says, and nobody's."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+    def __init__(self, spiffe_id: str) -> None:
+        super().__init__("UNKNOWN_TENANT", f"{spiffe_id} belongs to no tenant of this server")
 
 
 class OtherModel(RequestError):

@@ -34,9 +34,12 @@ class Traces(Protocol):
 class Journal:
     """The calls of one front."""
 
-    def __init__(self, traces: Traces | None, counts: CallCounts) -> None:
+    def __init__(
+        self, traces: Traces | None, counts: CallCounts, *, gpu_hour_price: float | None
+    ) -> None:
         self._traces = traces
         self._counts = counts
+        self._gpu_hour_price = gpu_hour_price
 
     @contextmanager
     def entry(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Iterator[Record]:
@@ -44,7 +47,10 @@ class Journal:
 
         Whatever should not be raised comes out as a RequestError, with its id in the record.
         """
-        record = Record(parent=TraceParent.of(context.invocation_metadata() or ()))
+        record = Record(
+            parent=TraceParent.of(context.invocation_metadata() or ()),
+            gpu_hour_price=self._gpu_hour_price,
+        )
         try:
             yield record
         except RequestError as error:

@@ -78,6 +78,8 @@ class Record:
     error_reason: str = ""
     """As the status' ErrorInfo has it; empty: it ended with a Finish, or the client left."""
     fault_id: str | None = None
+    gpu_hour_price: float | None = None
+    """None: its cost has no price."""
     trace_id: str | None = None
     span_id: str | None = None
     """Of this call's own span, if there is one."""
@@ -129,5 +131,6 @@ class Record:
                 "kv_block_s": finished.kv_block_s,
                 "num_recomputed_tokens": finished.num_recomputed_tokens,
                 "num_preemptions": finished.num_preemptions,
+                "price": finished.price(self.gpu_hour_price),
             }
         return told | {"trace_id": self.trace_id, "span_id": self.span_id}

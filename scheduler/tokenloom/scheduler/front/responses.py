@@ -11,8 +11,6 @@ from tokenloom.scheduler.messages import FinishReason
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.wire.messages import TokenLogprobs
 
-_HOUR_S = 3600.0
-
 _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
@@ -70,7 +68,6 @@ def finish_response(
 ) -> pb.GenerateResponse:
     """Returns the last message of a stream; what the core does not know is left out."""
     finished = end.finished
-    price = None if gpu_hour_price is None else finished.gpu_s / _HOUR_S * gpu_hour_price
     return pb.GenerateResponse(
         finish=pb.Finish(
             reason=_REASONS[finished.reason],
@@ -89,7 +86,7 @@ def finish_response(
                 kv_block_s=finished.kv_block_s,
                 num_recomputed_tokens=finished.num_recomputed_tokens,
                 num_preemptions=finished.num_preemptions,
-                price=price,
+                price=finished.price(gpu_hour_price),
             ),
         )
     )

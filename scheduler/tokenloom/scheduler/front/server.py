@@ -20,6 +20,7 @@ from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front.counts import CallCounts, CountsFile
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
+from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.journal import Journal, Traces
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.servicer import (
@@ -29,9 +30,11 @@ from tokenloom.scheduler.front.servicer import (
     InferenceServicer,
 )
 from tokenloom.scheduler.front.text import TextModel
+from tokenloom.scheduler.front.tls import CONNECTION_AGE_MS, server_credentials
 from tokenloom.scheduler.listening import bind, write_address
 from tokenloom.scheduler.messages import Draining, ModelReady
 from tokenloom.scheduler.ports import check_free
+from tokenloom.scheduler.tenants import TenantsFile
 from tokenloom.wire.started import process_start_s
 
 _OPTIONS = (
@@ -68,8 +71,12 @@ class FrontServer:
             on_draining=self._on_draining,
         )
         counts = CallCounts()
-        self._journal = Journal(_traces(config), counts)
-        self._servicer = InferenceServicer(config, text, self._link, self._journal)
+        self._journal = Journal(_traces(config), counts, gpu_hour_price=config.gpu_hour_price)
+        tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
+        self._identities = Identities(tenants)
+        self._servicer = InferenceServicer(
+            config, text, self._link, journal=self._journal, identities=self._identities
+        )
         self._counts_file: CountsFile | None = None
         if config.metrics_listen:
             folder = Path(config.metrics_dir)
@@ -78,7 +85,10 @@ class FrontServer:
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
-        self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
+        options = [*_OPTIONS, sharing]
+        if config.tls_cert:
+            options.append(("grpc.max_connection_age_ms", CONNECTION_AGE_MS))
+        self._server = grpc.aio.server(options=options)
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
@@ -91,10 +101,14 @@ class FrontServer:
         await self._health.tell()
         if self._config.num_fronts == 1:  # else the supervisor holds the port
             check_free(self._config.listen)
-        self.address = bind(self._server, self._config.listen)
+        credentials = server_credentials(self._config)
+        self.address = bind(self._server, self._config.listen, credentials)
         await self._server.start()
         self._link.open()
-        self._tasks.append(asyncio.create_task(self._health.follow(self._link.ping)))
+        self._tasks = [
+            asyncio.create_task(self._health.follow(self._link.ping)),
+            asyncio.create_task(self._identities.follow()),
+        ]
         if self._counts_file is not None:
             self._tasks.append(asyncio.create_task(self._counts_file.follow()))
         write_address(Path(self._config.run_dir) / "address", self.address)

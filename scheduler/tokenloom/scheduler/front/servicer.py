@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import grpc
 import grpc.aio
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from tokenloom.scheduler.config import SchedulerConfig
@@ -27,6 +28,7 @@ from tokenloom.scheduler.front.errors import (
     Unavailable,
     Violation,
 )
+from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.journal import Journal
 from tokenloom.scheduler.front.link import CoreLink
 from tokenloom.scheduler.front.record import Record
@@ -55,10 +57,12 @@ from tokenloom.scheduler.front.validate import (
     validate_tokenize,
 )
 from tokenloom.scheduler.messages import ModelReady, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.v1 import inference_pb2 as pb
 
 MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
 """A little more than the largest prompt that validation lets through."""
+_Request = TypeVar("_Request", bound=Message)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -67,12 +71,19 @@ class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
     def __init__(
-        self, config: SchedulerConfig, text: TextModel, link: CoreLink, journal: Journal
+        self,
+        config: SchedulerConfig,
+        text: TextModel,
+        link: CoreLink,
+        *,
+        journal: Journal,
+        identities: Identities,
     ) -> None:
         self._config = config
         self._text = text
         self._link = link
         self._journal = journal
+        self._identities = identities
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
@@ -148,25 +159,39 @@ class InferenceServicer:
         """Returns the service as a server takes it.
 
         Requests are parsed inside the boundary of each call, so that garbage
-        is refused like any other bad request.
+        is refused like any other bad request, and after its caller is known.
         """
-        unary = grpc.unary_unary_rpc_method_handler
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(bounded(self.generate)),
-                "Tokenize": unary(bounded(parsed(pb.TokenizeRequest, self.tokenize))),
-                "Detokenize": unary(bounded(parsed(pb.DetokenizeRequest, self.detokenize))),
-                "GetModel": unary(bounded(parsed(pb.GetModelRequest, self.get_model))),
+                "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
+                "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
+                "GetModel": self._unary(pb.GetModelRequest, self.get_model),
             },
         )
+
+    def _unary(
+        self,
+        request_type: type[_Request],
+        serve: Callable[[_Request, Context], Awaitable[Message]],
+    ) -> grpc.RpcMethodHandler[bytes, bytes | None]:
+        serve_bytes = parsed(request_type, serve)
+
+        async def call(data: bytes, context: Context) -> Message | None:
+            self._identities.tenant_of(context)
+            return await serve_bytes(data, context)
+
+        return grpc.unary_unary_rpc_method_handler(bounded(call))
 
     async def generate(self, data: bytes, context: Context) -> None:
         """Streams one completion. Whatever comes of the call stands in the journal."""
         async with self._running():
             with self._journal.entry(context) as record:
+                tenant = self._identities.tenant_of(context)
+                record.tenant = tenant.name
                 request = parse(pb.GenerateRequest, data)
-                await self._generate(request, context, record)
+                await self._generate(request, context, record, tenant)
 
     async def tokenize(self, request: pb.TokenizeRequest, _: Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
@@ -196,7 +221,7 @@ class InferenceServicer:
     # A stream --------------------------------------------------------------------------------
 
     async def _generate(
-        self, request: pb.GenerateRequest, context: Context, record: Record
+        self, request: pb.GenerateRequest, context: Context, record: Record, tenant: Tenant
     ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
@@ -225,6 +250,7 @@ class InferenceServicer:
             salt="",
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
             request_id=call.request_id,
+            tenant=tenant.name,
         )
         try:
             if not stream.is_over:
