@@ -90,10 +90,7 @@ def test_every_panel_shows_something(prometheus: Prometheus) -> None:
 
 
 def test_every_alert_looks_at_what_is_there(prometheus: Prometheus) -> None:
-    rules = [
-        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
-    ]
-    for rule in rules:
+    for rule in alerts():
         watched = THRESHOLD.sub("", rule["expr"])
         assert watched != rule["expr"], rule["alert"]
         values = [series.value for series in prometheus.query(watched)]
