@@ -1,7 +1,7 @@
 """Streams through gRPC with a fake worker: what everything around the GPU can carry.
 
     python bench/streams.py [--streams 1 64 256 1000] [--fronts 1] [--step-ms 5] [--seconds 10]
-                            [--tls CERT KEY CA]
+                            [--tls CERT KEY CA] [--metrics]
 
 Starts fronts on the pocket model's tokenizer, a core and a fake worker that
 steps every --step-ms, and loads them with `tokenloom bench`.
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="256:768", help="that a stream asks for: N or A:B")
     parser.add_argument("--spin-us", type=int, help="of core and worker (default: by the host)")
     parser.add_argument("--tls", nargs=3, metavar=("CERT", "KEY", "CA"), help="files; over TLS")
+    parser.add_argument("--metrics", action="store_true", help="core and fronts write theirs")
     options = parser.parse_args()
     for num_streams in options.streams:
         for num_fronts in options.fronts:
@@ -76,7 +77,9 @@ def measure(
             spin_us=options.spin_us,
             tls_cert=cert,
             tls_key=key,
+            metrics_listen="127.0.0.1:0" if options.metrics else "",
         )
+        Path(config.metrics_dir).mkdir()
         front = ("-m", "tokenloom.scheduler.front", config.to_json())
         commands: dict[str, tuple[object, ...]] = {
             "core": (BENCH / "timed_core.py", run_dir / "core.json", config.to_json()),

@@ -107,6 +107,12 @@ def test_every_field_of_the_configuration_has_an_option(
         "heartbeat_timeout_s": 3.5,
         "max_crashes": 0,
         "crash_window_s": 4.5,
+        "admin_listen": "127.0.0.1:50052",
+        "metrics_listen": "127.0.0.1:9464",
+        "gpu_hour_price": 2.5,
+        "log_format": "json",
+        "log_level": "error",
+        "otlp_endpoint": "http://localhost:4317",
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
@@ -125,9 +131,11 @@ def test_every_field_of_the_configuration_has_an_option(
     assert host == "0.0.0.0"
     assert int(port) > 0  # known before two fronts share it
     for number in (1, 2):
-        assert started.argv(f"worker {number}")[-2:] == (
+        assert started.argv(f"worker {number}")[-4:] == (
             f"--device=cuda:{number - 1}",
             "--spin-us=123",
+            "--log-format=json",
+            "--log-level=error",
         )
     assert started.config.run_dir == str(run_dir)
 
@@ -164,6 +172,36 @@ def test_tcp_without_keys_is_refused(
         assert scheduler_of(checkpoint, tmp_path, given) == 2
         assert "it must be tcp://HOST:PORT" in capsys.readouterr().err
     assert started.children == []
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--metrics-listen=9464", "metrics_listen is '9464'; it must be HOST:PORT"),
+        ("--metrics-listen=unix:/tmp/x", "it must be HOST:PORT"),
+        ("--gpu-hour-price=-1", "gpu_hour_price is -1.0; it must be 0 or a positive number"),
+        ("--gpu-hour-price=nan", "gpu_hour_price is nan"),
+    ],
+)
+def test_metrics_without_an_address_and_prices_below_nothing_are_refused(
+    started: Started,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    complaint: str,
+) -> None:
+    assert cli.serve([str(checkpoint), option]) == 2
+    assert complaint in capsys.readouterr().err
+    assert started.children == []
+
+
+def test_the_exporter_starts_when_metrics_are_wanted_and_ends_last(
+    started: Started, checkpoint: Path
+) -> None:
+    cli.serve([str(checkpoint), "--listen=127.0.0.1:0"])
+    assert "exporter" not in [child.name for child in started.children]
+    cli.serve([str(checkpoint), "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"])
+    assert started.children[-1].name == "exporter"
 
 
 def test_keys_are_made_for_their_owner_alone_and_never_over_others(
@@ -258,6 +296,7 @@ def test_bad_options_are_refused_with_code_2(
         ([str(tmp_path / "none")], "there is no folder"),
         ([str(tmp_path)], "has no config.json"),
         ([model, "--max-num-requests=0"], "max_num_requests is 0; it must be at least 1"),
+        ([model, "--max-num-requests=8193"], "max_num_requests is 8193; it must be at most 8192"),
         ([model, "--quantize=int4"], "quantize is 'int4'; it must be one of none, nf4, fp4, int8"),
         ([model, "--kv-cache=int8"], "kv_cache is 'int8'; it must be one of auto, fp8"),
         ([model, f"--run-dir={open_dir}"], "has mode 755"),

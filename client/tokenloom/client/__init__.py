@@ -22,6 +22,7 @@ from tokenloom.client.errors import (
 from tokenloom.client.requests import Message, Options
 from tokenloom.client.results import (
     Admission,
+    Cost,
     Delta,
     FinishReason,
     Model,
@@ -42,6 +43,7 @@ __all__ = [
     "AsyncStream",
     "Cancelled",
     "Client",
+    "Cost",
     "DeadlineExceeded",
     "Delta",
     "FinishReason",

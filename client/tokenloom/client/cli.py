@@ -1,9 +1,9 @@
 """The `tokenloom` command.
 
-`generate`, `chat` and `bench` are its own. Every other command comes from a part that is
-installed beside the client and names it as an entry point of the group
-`tokenloom.commands`: a callable that takes the rest of the command line and
-returns the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
+`generate`, `chat`, `bench`, `top`, `health` and those of `operating.py` are its own. Every other
+command comes from a part that is installed beside the client and names it as an entry point of
+the group `tokenloom.commands`: a callable that takes the rest of the command line and returns
+the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
 is wrong, 130 interrupted.
 """
 
@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
+from tokenloom.client import operating
 from tokenloom.client.chat import ChatSession, describe, interrupt_cancels
 from tokenloom.client.client import Client, Stream
 from tokenloom.client.errors import Cancelled, TokenloomError
 from tokenloom.client.flags import access_of, add_access_options
 from tokenloom.client.grpc_transport import GrpcTransport
+from tokenloom.client.health import health
 from tokenloom.client.requests import Message, Options
 
 _GROUP = "tokenloom.commands"
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": generate,
         "chat": chat,
         "bench": bench,
+        "top": top,
+        "health": health,
+        **operating.COMMANDS,
     }
     if not arguments:
         print(_overview(), file=sys.stderr)
@@ -135,6 +140,13 @@ def chat(argv: list[str]) -> int:
 def bench(argv: list[str]) -> int:
     """`tokenloom bench`: loads a server and reports what its clients see."""
     from tokenloom.client.bench.cli import main as run
+
+    return run(argv)
+
+
+def top(argv: list[str]) -> int:
+    """`tokenloom top TARGET…`: what replicas are busy with, live."""
+    from tokenloom.client.top.cli import main as run
 
     return run(argv)
 
@@ -238,6 +250,11 @@ def _overview() -> str:
         "  generate   complete a prompt and print the text as it comes",
         "  chat       chat with the served model",
         "  bench      load a server and report what its clients see",
+        "  top        watch what replicas are busy with",
+        "  health     ask a server whether it serves, for probes",
+        "  drain      let a server finish what it has and take nothing new",
+        "  abort      end one request",
+        "  profile    record what the workers do in the next steps",
     ]
     installed = _installed_commands()
     for name, entry in sorted(installed.items()):
@@ -253,7 +270,8 @@ def _overview() -> str:
 def _missing(name: str) -> str:
     """Returns what to do about a command that is not there."""
     if name not in _KNOWN:
-        known = ", ".join(sorted({"generate", "chat", "bench", *_KNOWN, *_installed_commands()}))
+        own = ("generate", "chat", "bench", "top", "health", *operating.COMMANDS)
+        known = ", ".join(sorted({*own, *_KNOWN, *_installed_commands()}))
         return f"there is no command {name!r}; there are {known}"
     part, command = _KNOWN[name]
     if importlib.util.find_spec(f"tokenloom.{part}") is not None:

@@ -17,6 +17,7 @@ from tokenloom.client.channels import Route, ServerTarget, route_to, route_to_re
 from tokenloom.client.errors import Cancelled, DeadlineExceeded, TokenloomError
 from tokenloom.client.renewing import open_aio_channel, open_channel
 from tokenloom.client.status import error_from_status
+from tokenloom.client.tracing import trace_metadata
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.inference_pb2_grpc import InferenceStub
 
@@ -54,7 +55,7 @@ class GrpcTransport:
     ) -> _GrpcStream:
         """Starts a Generate call."""
         remaining_s = _countdown(timeout_s)
-        metadata = session_metadata(session)
+        metadata = (*trace_metadata(), *session_metadata(session))
 
         def start(replica: str | None) -> _Call:
             try:
@@ -178,7 +179,7 @@ class AsyncGrpcTransport:
     ) -> _AsyncGrpcStream:
         """Starts a Generate call in the running event loop."""
         remaining_s = _countdown(timeout_s)
-        metadata = session_metadata(session)
+        metadata = (*trace_metadata(), *session_metadata(session))
 
         def start(replica: str | None) -> _AsyncCall:
             try:

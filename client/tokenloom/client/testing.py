@@ -34,6 +34,7 @@ from tokenloom.client.results import (
     FINISH_REASONS,
     PAUSE_REASONS,
     Admission,
+    Cost,
     Delta,
     FinishReason,
     Model,
@@ -77,6 +78,8 @@ class Answer:
     stop_string: str | None = None
     usage: Usage | None = None
     """None: counted from what was sent."""
+    cost: Cost | None = None
+    """None: the server does not say."""
 
 
 FAKE_MODEL = Model(
@@ -381,4 +384,15 @@ def _encode_finish(reason: FinishReason, answer: Answer, usage: Usage) -> pb.Fin
             prefill_s=usage.prefill_s,
             decode_s=usage.decode_s,
         ),
+        cost=None if answer.cost is None else _encode_cost(answer.cost),
+    )
+
+
+def _encode_cost(cost: Cost) -> pb.Cost:
+    return pb.Cost(
+        gpu_s=cost.gpu_s,
+        kv_block_s=cost.kv_block_s,
+        num_recomputed_tokens=cost.num_recomputed_tokens,
+        num_preemptions=cost.num_preemptions,
+        price=cost.price,
     )

@@ -175,6 +175,9 @@ class Absence:
     message: str
 
 
+DRAINING = Absence(reason="DRAINING", message="the server takes no new requests; it drains")
+
+
 class Unavailable(RequestError):
     """This server cannot serve now; another one, or this one later, may."""
 
@@ -224,17 +227,19 @@ def fault_of(error: BaseException) -> ServerFault:
 def refusal_error(refused: Refused) -> RequestError:
     """Returns what the core's refusal means for the client."""
     match refused.reason:
-        case RefusalReason.QUEUE_FULL:
-            return Overloaded("QUEUE_FULL", refused.detail, refused.retry_after_s)
-        case RefusalReason.DEADLINE_UNREACHABLE:
-            return Overloaded("DEADLINE_UNREACHABLE", refused.detail, refused.retry_after_s)
-        case RefusalReason.TENANT_LIMIT:
-            return Overloaded("TENANT_LIMIT", refused.detail, refused.retry_after_s)
+        case (
+            RefusalReason.QUEUE_FULL
+            | RefusalReason.DEADLINE_UNREACHABLE
+            | RefusalReason.TENANT_LIMIT
+        ):
+            return Overloaded(refused.reason.name, refused.detail, refused.retry_after_s)
         case RefusalReason.TOO_LONG:
             violation = Violation(field="prompt", description=refused.detail)
             return InvalidRequest([violation], "PROMPT_TOO_LONG")
         case RefusalReason.NOT_READY:
             return Unavailable(Absence(reason="NOT_READY", message=refused.detail))
+        case RefusalReason.DRAINING:
+            return Unavailable(DRAINING)
         case RefusalReason.INVALID | RefusalReason.DUPLICATE:
             return fault(f"the core refused a request as {refused.reason}: {refused.detail}")
 
