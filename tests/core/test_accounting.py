@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
 from tests.core.processes import submit
 from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.load import MAX_INTERVAL_S, MIN_INTERVAL_S, LoadPace, load_of
+from tokenloom.scheduler.core.metering import samples_of
 from tokenloom.scheduler.core.planning import StepPlan
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
 from tokenloom.scheduler.messages import Abort, Finished
@@ -215,6 +217,37 @@ def test_load_counts_what_happened() -> None:
     assert 0 < load.num_cached_prompt_tokens < 90
     assert load.busy_s == pytest.approx(run.now - 100)
     assert load.step_s == pytest.approx(1.0)
+
+
+def test_the_cores_samples_are_its_counts_and_tenants_are_told_apart() -> None:
+    state = ready_state()
+    for stream, tenant in enumerate(["", "search", "batch", "search"]):
+        message = msgspec.structs.replace(submit(stream, [3] * 9, 4), tenant=tenant)
+        admission.submit(state, 0, message, 0.0)
+    finished = Run(state).to_the_end()
+    samples = list(samples_of(state, ()))
+    assert len({(sample.name, sample.labels) for sample in samples}) == len(samples)
+    told = {(sample.name, *sample.labels): sample.value for sample in samples}
+    assert told["tokenloom_requests_finished", "length"] == 4
+    assert told["tokenloom_steps",] == state.totals.num_steps
+    for tenant, streams in {"search": (1, 3), "batch": (2,)}.items():
+        costs = [finished[stream] for stream in streams]
+        assert told["tokenloom_tenant_generation_tokens", tenant] == 4 * len(streams)
+        gpu_s = sum(cost.gpu_s for cost in costs)
+        assert told["tokenloom_tenant_gpu_seconds", tenant] == pytest.approx(gpu_s)
+    assert {labels[0] for _, *labels in told if labels} == {"length", "search", "batch"}
+
+
+def test_gaps_between_tokens_are_those_of_each_request() -> None:
+    state = ready_state()
+    run = Run(state)
+    admission.submit(state, 0, submit(0, [3] * 9, 4), 0.0)
+    run.step()
+    admission.submit(state, 0, submit(1, [4] * 9, 3), 0.0)
+    run.to_the_end()
+    gaps = state.totals.token_gaps
+    assert gaps.counts.sum() == 3 + 2
+    assert gaps.total == pytest.approx(5.0)
 
 
 def test_load_is_told_soon_after_news_and_each_second_without() -> None:

@@ -79,6 +79,13 @@ class Server:
         return path.read_text()
 
     @property
+    def metrics_address(self) -> str:
+        """Where the server's exporter listens; it must have been told to."""
+        path = self.run_dir / "metrics" / "address"
+        wait_until(path.exists, START_TIMEOUT_S, alive=self.scheduler)
+        return path.read_text()
+
+    @property
     def admin_address(self) -> str:
         """Where operators are served, with --admin-listen."""
         path = self.run_dir / "admin-address"

@@ -174,6 +174,36 @@ def test_tcp_without_keys_is_refused(
     assert started.children == []
 
 
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--metrics-listen=9464", "metrics_listen is '9464'; it must be HOST:PORT"),
+        ("--metrics-listen=unix:/tmp/x", "it must be HOST:PORT"),
+        ("--gpu-hour-price=-1", "gpu_hour_price is -1.0; it must be 0 or a positive number"),
+        ("--gpu-hour-price=nan", "gpu_hour_price is nan"),
+    ],
+)
+def test_metrics_without_an_address_and_prices_below_nothing_are_refused(
+    started: Started,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    complaint: str,
+) -> None:
+    assert cli.serve([str(checkpoint), option]) == 2
+    assert complaint in capsys.readouterr().err
+    assert started.children == []
+
+
+def test_the_exporter_starts_when_metrics_are_wanted_and_ends_last(
+    started: Started, checkpoint: Path
+) -> None:
+    cli.serve([str(checkpoint), "--listen=127.0.0.1:0"])
+    assert "exporter" not in [child.name for child in started.children]
+    cli.serve([str(checkpoint), "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"])
+    assert started.children[-1].name == "exporter"
+
+
 def test_keys_are_made_for_their_owner_alone_and_never_over_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,7 +167,9 @@ def _serve(config: SchedulerConfig) -> str:
     except (OSError, OverflowError) as error:  # the latter: no such port
         raise ConfigError(f"cannot listen on {config.metrics_listen}: {error}") from error
     address = f"{host}:{server.server_port}"
-    (Path(config.metrics_dir) / "address").write_text(address)
+    draft = Path(config.metrics_dir) / "address.draft"
+    draft.write_text(address)
+    draft.replace(draft.with_suffix(""))
     return address
 
 

@@ -2,7 +2,7 @@
 
     core ──────┐  a file each, in run_dir/metrics   ┌──────────┐
     front ─────┼──────────────────────────────────▶ │ exporter │ ◀── Prometheus
-    front ─────┘    written anew each second        └──────────┘
+    front ─────┘    written twice a second          └──────────┘
 
 A process counts in plain numbers of its own, so that what happens in each step costs next to
 nothing, and now and then writes down all of them. The exporter adds up what it finds. A file
@@ -21,7 +21,7 @@ import msgspec
 
 from tokenloom.scheduler.metrics import METRICS_BY_NAME, Histogram, Kind, Metric
 
-INTERVAL_S = 1.0
+INTERVAL_S = 0.5
 """Between two writings of a process."""
 _SUFFIX = ".samples"
 

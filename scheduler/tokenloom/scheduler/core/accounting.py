@@ -6,8 +6,8 @@ requests in it, to the last of them:
     a decoding request     decode_s / num_decoding      its part of a step that only decodes
     a span of a prompt     length · prompt_token_s      both by what steps have cost (`costs.py`)
 
-each times what makes the sum the step's own. A request that left while the step was under way
-leaves its part to nobody, so those who stayed pay for themselves alone.
+each times what makes the sum the step's own. A request that lost its slot while the step was under
+way gets nothing of it and pays nothing; those who stayed pay for themselves alone.
 
 How long blocks are held is metered by the block pool (`blocks.py`). What is computed again is seen
 when a request gives up its slot. So all this costs a step one sum over its spans, and no loop.

@@ -73,7 +73,7 @@ class CountsFile:
         self._is_ready = is_ready
 
     async def follow(self) -> None:
-        """Writes each second, until it is cancelled, and goes on where a dead front ended."""
+        """Writes now and then, until it is cancelled, and goes on where a dead front ended."""
         self._file.take_over()
         while True:
             self.write()
