@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +28,8 @@ class Collector(TraceServiceServicer):
         self.spans: list[Span] = []
         self.resources: list[dict[str, str]] = []
         """Of the processes that sent some."""
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         self._server = grpc.server(ThreadPoolExecutor(4))
         add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port("127.0.0.1:0")
@@ -35,6 +38,7 @@ class Collector(TraceServiceServicer):
     def Export(  # noqa: N802 - the proto file's name
         self, request: ExportTraceServiceRequest, _: grpc.ServicerContext
     ) -> ExportTraceServiceResponse:
+        self.may_answer.wait(30)
         for of_process in request.resource_spans:
             self.resources.append(
                 {each.key: each.value.string_value for each in of_process.resource.attributes}
@@ -68,6 +72,7 @@ class Collector(TraceServiceServicer):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.may_answer.set()
         self._server.stop(0).wait()
 
 

@@ -290,8 +290,20 @@ def test_every_line_of_every_process_is_json(log: Path) -> None:
     assert len(fronts) == 2
 
 
-def test_a_collector_that_is_away_costs_no_stream_and_not_the_end(checkpoint: Path) -> None:
-    with Server.of_fake(checkpoint, "--otlp-endpoint=http://127.0.0.1:1") as server:
-        with server.client() as client:
-            assert client.generate([1, 2, 3], max_tokens=5).result().finish_reason == "length"
-        assert server.stop() == 0
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_collector_that_is_away_or_hangs_costs_no_stream_and_not_the_end(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
+    with Collector() as collector:
+        collector.may_answer.clear()
+        endpoint = collector.endpoint if is_there else "http://127.0.0.1:1"
+        with Server.of_fake(checkpoint, f"--otlp-endpoint={endpoint}") as server:
+            with server.client() as client:
+                for _ in range(20):  # more than there is room for
+                    result = client.generate([1, 2, 3], max_tokens=2, ignore_eos=True).result()
+                    assert result.finish_reason == "length"
+            assert server.stop() == 0
+        assert collector.spans == []

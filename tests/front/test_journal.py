@@ -45,7 +45,7 @@ def log(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 async def test_a_fault_that_quotes_the_prompt_is_logged_without_it(
     front: Front, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def encode(text: str) -> str:
+    def encode(text: str, **_: object) -> str:
         words: dict[str, str] = {}
         try:
             return words[text]

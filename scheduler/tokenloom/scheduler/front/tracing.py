@@ -33,7 +33,7 @@ from opentelemetry.trace import (
 from tokenloom.scheduler.front.record import Record, TraceParent
 
 METHOD = "tokenloom.v1.Inference/Generate"
-_CLOSE_S = 3.0
+_CLOSE_S = 2.0
 """What a collector that does not answer may cost at the end."""
 _SERVERS_FAULT = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
