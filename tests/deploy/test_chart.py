@@ -1,5 +1,9 @@
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,7 +140,7 @@ def test_probes_ask_by_grpc_and_with_tls_by_command() -> None:
     (secured,) = containers("production")
     command = secured["readinessProbe"]["exec"]["command"]
     assert command[:3] == ["tokenloom", "health", "127.0.0.1:50051"]
-    assert "--tls-name=llama-tokenloom.models.svc" in command
+    assert "--tls-server-name=llama-tokenloom.models.svc" in command
 
 
 def test_large_numbers_of_options_stay_whole() -> None:
@@ -178,3 +182,30 @@ def test_commands_have_every_option_that_containers_give(
     for container in containers(name):
         given = {found[0] for each in container["args"] if (found := FLAG.match(each))}
         assert given - known[container["name"]] == set()
+
+
+def test_a_worker_that_ends_ends_all_of_its_host(tmp_path: Path) -> None:
+    """The container's own command, with a `tokenloom` that notes how it was started."""
+    stand_in = tmp_path / "tokenloom"
+    stand_in.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/started
+case "$*" in *cuda:3*) ;; *) exec sleep 600;; esac
+until [ "$(wc -l < {tmp_path}/started)" = 8 ]; do sleep 0.1; done
+exit 5
+""")
+    stand_in.chmod(0o755)
+    workers = containers("two-hosts")[-1]
+    process = subprocess.Popen(
+        [*workers["command"], *workers["args"]],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        start_new_session=True,
+    )
+    try:
+        assert process.wait(30) == 5
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    started = sorted((tmp_path / "started").read_text().splitlines())
+    assert [line.rpartition("--device=")[2] for line in started] == [f"cuda:{n}" for n in range(8)]
+    assert all(
+        "worker --connect=tcp://" in line and "--log-format=json" in line for line in started
+    )

@@ -111,7 +111,7 @@ exec:
     - --service={{ . }}
     {{- end }}
     - --tls-ca=/etc/tokenloom/tls/ca.crt
-    - --tls-name={{ $top.Values.tls.serverName | default (printf "%s.%s.svc" (include "tokenloom.name" $top) $top.Release.Namespace) }}
+    - --tls-server-name={{ $top.Values.tls.serverName | default (printf "%s.%s.svc" (include "tokenloom.name" $top) $top.Release.Namespace) }}
     {{- if $top.Values.tls.clientCertificates }}
     - --tls-cert=/etc/tokenloom/tls/tls.crt
     - --tls-key=/etc/tokenloom/tls/tls.key
