@@ -82,6 +82,7 @@ def test_every_field_of_the_configuration_has_an_option(
     started: Started, checkpoint: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, object] = {
+        "admin_listen": "127.0.0.1:0",
         "served_name": "parrot",
         "num_fronts": 2,
         "dtype": "float32",

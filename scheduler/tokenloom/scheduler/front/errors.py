@@ -33,6 +33,8 @@ from google.rpc import error_details_pb2, status_pb2
 from tokenloom.scheduler.messages import RefusalReason, Refused
 
 DOMAIN = "tokenloom"
+UNREAD_S = 60.0
+"""How long a client may take to read each of the last messages of a stream that is over."""
 _MAX_VIOLATIONS = 16
 _MAX_MESSAGE_CHARS = 512
 """Both keep a status within the 8 KiB of metadata that clients accept."""
@@ -140,11 +142,8 @@ class ClientTooSlow(RequestError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    def __init__(self, num_tokens: int) -> None:
-        super().__init__(
-            "CLIENT_TOO_SLOW",
-            f"{num_tokens} tokens wait to be read; this server keeps no more for a stream",
-        )
+    def __init__(self, message: str) -> None:
+        super().__init__("CLIENT_TOO_SLOW", message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +226,7 @@ def refusal_error(refused: Refused) -> RequestError:
 async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestError) -> NoReturn:
     """Ends a call with the status of an error.
 
-    Waits as long as a client does not read what came before the status; that
-    costs no more than what gRPC has buffered for it.
+    A client that does not read what came before the status never gets it: its stream is cut.
     """
     info = error_details_pb2.ErrorInfo(
         reason=error.reason, domain=DOMAIN, metadata=error.metadata()
@@ -244,7 +242,10 @@ async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestE
         ("grpc-status-details-bin", status.SerializeToString()),
     )
     try:
-        await context.abort(error.code, message, trailers)
+        async with asyncio.timeout(UNREAD_S):
+            await context.abort(error.code, message, trailers)
+    except TimeoutError as unread:
+        raise asyncio.CancelledError from unread
     except grpc.aio.InternalError as gone:  # the client left meanwhile
         raise asyncio.CancelledError from gone
 

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tokenloom.scheduler.config import SchedulerConfig
+from tokenloom.scheduler.front.connections import connection_options
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
 from tokenloom.scheduler.front.link import CoreLink
@@ -64,7 +65,8 @@ class FrontServer:
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
-        self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
+        options = (*_OPTIONS, *connection_options(config), sharing)
+        self._server = grpc.aio.server(options=options)
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
