@@ -30,7 +30,7 @@ or finished stream is ignored.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -350,6 +350,8 @@ ToFront: TypeAlias = (
     | TraceData
 )
 
+_T = TypeVar("_T")
+
 _encoder = msgspec.msgpack.Encoder()
 _from_front: msgspec.msgpack.Decoder[FromFront] = msgspec.msgpack.Decoder(FromFront)
 _to_front: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(ToFront)
@@ -362,9 +364,16 @@ def encode(message: FromFront | ToFront) -> bytes:
 
 def decode_from_front(frame: bytes) -> FromFront:
     """Returns what a front sent. Raises msgspec.DecodeError."""
-    return _from_front.decode(frame)
+    return _decoded(_from_front, frame)
 
 
 def decode_to_front(frame: bytes) -> ToFront:
     """Returns what the core sent. Raises msgspec.DecodeError."""
-    return _to_front.decode(frame)
+    return _decoded(_to_front, frame)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
+    try:
+        return decoder.decode(frame)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
