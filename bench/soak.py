@@ -158,7 +158,7 @@ class Server:
         with Client(self.address) as client:
             client.wait_ready(timeout_s=120)
         self._core.connect(f"ipc://{self.run_dir}/core.sock")
-        self._core.send(encode(Attach(pid=os.getpid(), serves=False)))
+        self._core.send(encode(Attach(pid=os.getpid())))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -125,8 +125,12 @@ def test_any_number_of_outputs(num_rows: int, num_outputs: int) -> None:
     linear = four_bit_linear(num_outputs, 704, bias=True)
     assert linear.bias is not None
     rows = torch.randn(num_rows, 704, device="cuda").to(BF16)
-    right = (rows.float() @ linear.dense(torch.float32).T + linear.bias.float()).double()
-    assert error(multiply(rows, linear), right) < kernel_cases.ULP[BF16] / 2
+    weight = linear.dense(torch.float32).double()
+    right = rows.double() @ weight.T + linear.bias.double()
+    # One output may be a small difference of large sums: so errors are held against the terms.
+    terms = (rows.double().square() @ weight.T.square()).sqrt()
+    wrong = multiply(rows, linear).double() - right
+    assert wrong.norm() < terms.norm() * kernel_cases.ULP[BF16] / 2
 
 
 @pytest.mark.parametrize("num_rows", [2, 4, 8, 16, 32, 64, 100, 200])
@@ -190,7 +194,11 @@ def test_a_matrix_made_dense_is_the_twins(
     assert torch.equal(four_bit.make_dense(linear, dtype), expected)
 
 
-@pytest.mark.parametrize("multiply", [multiply_dense, FourBitLinear.__call__])
+def multiply_by_twin(rows: Tensor, linear: FourBitLinear, out: Tensor) -> Tensor:
+    return linear(rows, out)
+
+
+@pytest.mark.parametrize("multiply", [multiply_dense, multiply_by_twin])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_matrix_larger_than_what_is_made_dense_at_a_time(
     multiply: Callable[[Tensor, FourBitLinear, Tensor], Tensor], bias: bool

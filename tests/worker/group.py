@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
@@ -15,7 +15,7 @@ from tokenloom.wire.messages import Configure, Failed, Ready, Step, StepDone, To
 if TYPE_CHECKING:
     from tokenloom.worker.runner import ModelRunner
 
-KV_BYTES = 8 * 1024 * 1024
+KV_BYTES = 32 * 1024 * 1024
 TIMEOUT_S = 120.0
 
 
@@ -24,9 +24,9 @@ class RankFailed(Exception):
 
 
 class Group:
-    """Up to so many ranks; each `configure` makes a group of the first ones."""
+    """Up to so many ranks, on CPUs or a GPU each; each `configure` makes a group of the first."""
 
-    def __init__(self, max_ranks: int) -> None:
+    def __init__(self, max_ranks: int, *, kind: Literal["cpu", "cuda"] = "cpu") -> None:
         # Forked from a server that has imported torch once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tokenloom.worker.runner"])
@@ -35,7 +35,7 @@ class Group:
         self._processes = []
         for index in range(max_ranks):
             own, other = context.Pipe()
-            process = context.Process(target=_rank, args=(other, index), daemon=True)
+            process = context.Process(target=_rank, args=(other, index, kind), daemon=True)
             process.start()
             other.close()
             self._links.append(own)
@@ -97,7 +97,7 @@ class Group:
             process.join()
 
 
-def _rank(link: Connection, index: int) -> None:
+def _rank(link: Connection, index: int, kind: str) -> None:
     """Serves a rank until nobody asks; a rank's KV pool is smaller than that of the one before."""
     import torch
 
@@ -105,7 +105,9 @@ def _rank(link: Connection, index: int) -> None:
     from tokenloom.worker.runner import ModelRunner
 
     torch.set_num_threads(1)
-    options = WorkerOptions(device="cpu", kv_cache_bytes=KV_BYTES - index * 65536, host="127.0.0.1")
+    device = kind if kind == "cpu" else f"{kind}:{index}"
+    num_bytes = KV_BYTES - index * 65536
+    options = WorkerOptions(device=device, kv_cache_bytes=num_bytes, host="127.0.0.1")
     runner = ModelRunner(options)
     link.send_bytes(runner.address.encode())
     while True:

@@ -182,12 +182,14 @@ def assert_places_heads_like_its_twin(
     # the twin does; a difference of products brings that to the front.
     for mine, expected in ((queries, expected_queries), (keys, expected_keys)):
         atol = (32 if normed else 16) * ULP[dtype]
-        # Of codes, what lies by half a rounding of theirs may fall on either side.
+        # Of codes, what lies by half a rounding of theirs may fall on either side: some do, and of
+        # few numbers it may be the largest.
         of_codes = coded and mine is keys
         torch.testing.assert_close(mine, expected, rtol=2**-3 if of_codes else 0, atol=atol)
-        assert (mine - expected).double().norm() < expected.double().norm() * (
-            2**-6 if of_codes else ULP[dtype]
-        )
+        bound = expected.double().norm() * (2**-6 if of_codes else ULP[dtype])
+        if of_codes:
+            bound += expected.double().abs().max() / 8
+        assert (mine - expected).double().norm() < bound
 
 
 def assert_activates_like_its_twin(

@@ -87,6 +87,13 @@ def on_a_gpu(folder: Path, name: str, kv_cache: str) -> tuple[LoadedModel, Limit
     return replace(loaded, attention=attention).outline(), rows.limits, ready
 
 
+def among(loaded: LoadedModel, num_ranks: int) -> LoadedModel:
+    """Returns a rank's outline; its group sums on boards what is small."""
+    ranks = Group(rank=1, num_ranks=num_ranks, device=META)
+    ranks.prepare(NUM_SLOTS, loaded.config.hidden_size, torch.bfloat16)
+    return loaded.among(ranks)
+
+
 class Uncaptured(StepGraphs):
     """Computes what was placed where a graph would be replayed."""
 
@@ -134,7 +141,7 @@ def test_steps_launch_nothing_that_was_not_compiled_ahead(
     with torch.inference_mode():
         loaded, limits, ready = on_a_gpu(tmp_path, name, kv_cache)
         if num_ranks > 1:
-            loaded = loaded.among(Group(rank=1, num_ranks=num_ranks, device=META))
+            loaded = among(loaded, num_ranks)
         with recorded() as ahead:
             launch_all(loaded, limits)
         with recorded() as launched:
@@ -163,9 +170,9 @@ def test_what_attention_in_torch_launches_is_found_too(tmp_path: Path) -> None:
     assert any("place_heads" in each.kernel.fn.__name__ for each in launches)
 
 
-@pytest.mark.parametrize("kv_cache", ["auto", "fp8"])
+@pytest.mark.parametrize(("kv_cache", "num_ranks"), [("auto", 1), ("fp8", 1), ("auto", 2)])
 def test_all_that_steps_launch_compiles_for_hopper_without_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kv_cache: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kv_cache: str, num_ranks: int
 ) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -176,14 +183,18 @@ def test_all_that_steps_launch_compiles_for_hopper_without_one(
         """Another device's kernels, so that those of other tests' stay uncompiled."""
 
         def get_current_device(self) -> str:
-            return f"apart, {kv_cache}"
+            return f"apart, {kv_cache} {num_ranks}"
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     with torch.inference_mode():
         loaded, limits, _ = on_a_gpu(tmp_path, "qwen3", kv_cache)
+        if num_ranks > 1:
+            loaded = among(loaded, num_ranks)
         with recorded() as launches:
             ahead.launch_all(loaded, limits)
     driver.set_active(Apart(GPUTarget("cuda", 90, 32)))
     compiled = [each.kernel.preload(each.specialization) for each in launches]
     assert len(compiled) > 20
+    summing = [each for each in launches if each.kernel.fn.__name__ == "_sum_add_norm"]
+    assert bool(summing) == (num_ranks > 1)
     assert max(each.metadata.shared for each in compiled) <= 113 * 1024  # two on a multiprocessor

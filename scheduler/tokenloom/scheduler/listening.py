@@ -11,12 +11,20 @@ import grpc.aio
 from tokenloom.scheduler.config import ConfigError
 
 
-def bind(server: grpc.aio.Server, listen: str) -> str:
-    """Binds the server; returns the address with the real port. Raises ConfigError."""
+def bind(
+    server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None = None
+) -> str:
+    """Binds the server, with TLS if there are credentials. Raises ConfigError.
+
+    Returns the address with the real port.
+    """
     # The umask counts only for a Unix socket: other users could otherwise connect.
     umask = os.umask(0o177)
     try:
-        port = server.add_insecure_port(listen)
+        if credentials is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {listen}: {error}") from error
     finally:

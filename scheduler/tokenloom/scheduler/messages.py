@@ -11,7 +11,7 @@
       │ ◀─────────────────────── Load ─── │   when it changes, and each second
 
     operators' process                   core
-      │ ── Attach, serves=False ────────▶ │   hears of model and load as a front does
+      │ ── Attach ──────────────────────▶ │   hears of model and load as a front does
       │ ── Drain ───────────────────────▶ │   all fronts hear Draining
       │ ◀──────────────────── Drained ─── │   once no request is left
       │ ── AbortNamed ──────────────────▶ │
@@ -90,8 +90,6 @@ class Attach(_Message, frozen=True):
     """A front begins to speak. Its ZeroMQ identity names it."""
 
     pid: int
-    serves: bool = True
-    """Whether it has streams; the operators' process has none."""
 
 
 class Submit(_Message, frozen=True):
@@ -225,6 +223,10 @@ class Finished(_Message, frozen=True):
     """Positions computed again after a preemption or the loss of a worker."""
     num_preemptions: int = 0
 
+    def price(self, gpu_hour_price: float | None) -> float | None:
+        """Returns what `gpu_s` costs, if an hour of a GPU has a price."""
+        return None if gpu_hour_price is None else self.gpu_s / 3600 * gpu_hour_price
+
 
 class Outputs(_Message, frozen=True):
     """What a step, or a batch of commands, brought the streams of one front.
@@ -242,6 +244,8 @@ class Outputs(_Message, frozen=True):
     logprobs: tuple[TokenLogprobs, ...]
     """`row` is an index into `tokens`."""
     finished: tuple[Finished, ...]
+    preempted: tuple[int, ...] = ()
+    """Streams whose requests lost their slots and wait again."""
 
 
 class Pulse(_Message, frozen=True):

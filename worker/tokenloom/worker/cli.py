@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenloom.wire.logs import add_log_options, set_up_logs
 from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernel_cache import keep_kernels
@@ -45,9 +45,7 @@ def worker(argv: list[str] | None = None) -> int:
     1 if something else failed in loading or in a step.
     """
     args = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr
-    )
+    set_up_logs("worker", form=args.log_format, level=args.log_level)
     phases = Phases("imports", process_start_s())
     try:
         core = core_address(args)
@@ -113,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     add_link_options(parser)
+    add_log_options(parser)
     parser.add_argument(
         "--host",
         metavar="HOST",

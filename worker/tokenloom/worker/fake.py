@@ -39,6 +39,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tokenloom.wire.logs import add_log_options, set_up_logs
 from tokenloom.wire.messages import Configure, Ready, SamplingParams, Step, StepDone, TokenLogprobs
 from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError, ProtocolError, WorkerError
@@ -534,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the fake worker's process; returns its exit code."""
     args = _parser().parse_args(argv)
     phases = Phases("imports", process_start_s())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    set_up_logs("worker", form=args.log_format, level=args.log_level)
     config = FakeConfig(**{name: getattr(args, name) for name, _ in _CONFIG_OPTIONS})
     options = FakeOptions(
         step_s=args.step_ms / 1000,
@@ -579,6 +580,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_link_options(parser)
+    add_log_options(parser)
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a step")
     parser.add_argument("--load-s", type=float, default=0.0, help="time of loading")
     parser.add_argument(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -110,7 +111,7 @@ class Decoder:
             [num_rows, vocab_size] logits in the model's type; of a rank, those of its own tokens.
         """
         eps, ops = self._config.rms_norm_eps, self.operations
-        residual = Residual(self._embed(tokens), ranks=self.ranks)
+        residual = self._embed(tokens)
         angles = self._rotary[positions]  # [num_tokens, 2, head_dim / 2]
         for index, layer in enumerate(self._weights.layers):
             # Rows of num_heads + 2 * num_kv_heads heads, side by side.
@@ -127,12 +128,13 @@ class Decoder:
             residual = residual.at(rows)
         return ops.norm_linear(residual, self._weights.final_norm, eps, self._weights.head, out)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Residual:
         """Returns [num_tokens, hidden_size] rows of [num_tokens] ids."""
         own = self.embedding
         if self.ranks.num_ranks == 1:
-            return functional.embedding(tokens, own)
+            return Residual(functional.embedding(tokens, own))
         places = tokens - self.ranks.rank * len(own)
         elsewhere = (places < 0) | (places >= len(own))
         rows = functional.embedding(places.masked_fill(elsewhere, 0), own)
-        return self.ranks.sum(rows.masked_fill(elsewhere[:, None], 0))
+        rows.masked_fill_(elsewhere[:, None], 0)
+        return Residual(torch.zeros_like(rows), rows, ranks=self.ranks)

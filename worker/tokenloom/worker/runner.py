@@ -83,6 +83,11 @@ class ModelRunner:
                 loaded = loaded.among(join())
             self._loaded = loaded
             limits = _limits(configure, loaded, self.device)
+            loaded.decoder.ranks.prepare(
+                limits.max_step_tokens,
+                loaded.config.hidden_size,
+                loaded.decoder.embedding.dtype,
+            )
             if self._rows is None or self._rows.limits != limits:
                 self._rows = None
                 self._rows = self._prepare(configure.epoch, limits, loaded, report)

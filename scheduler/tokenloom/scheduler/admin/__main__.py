@@ -8,18 +8,20 @@ import sys
 
 from tokenloom.scheduler.admin.server import run
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.wire.logs import set_up_logs
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
     """Serves operators until SIGTERM. Returns the exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s admin %(levelname)s %(message)s", stream=sys.stderr
-    )
     try:
         (text,) = argv
-        asyncio.run(run(SchedulerConfig.from_json(text)))
+        config = SchedulerConfig.from_json(text)
+        set_up_logs("admin", form=config.log_format, level=config.log_level)
+        asyncio.run(run(config))
     except (ConfigError, ValueError) as error:
-        sys.stderr.write(f"the operators' service cannot start: {error}\n")
+        _log.critical("the operators' service cannot start: %s", error)
         return 2
     return 0
 

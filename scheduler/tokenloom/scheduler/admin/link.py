@@ -21,6 +21,7 @@ from tokenloom.scheduler.messages import (
     Attach,
     Drain,
     Drained,
+    Draining,
     FromFront,
     Load,
     ModelLost,
@@ -46,6 +47,8 @@ class AdminLink:
         """What the core serves, or why it serves nothing."""
         self.load: Load | None = None
         """The last that the core told of how busy it is."""
+        self.is_draining = False
+        """Whether an operator wants no new requests any more."""
         self._drained = asyncio.Event()
         self._num_ended = 0
         self._answers: defaultdict[str, list[asyncio.Future[bool]]] = defaultdict(list)
@@ -61,7 +64,7 @@ class AdminLink:
 
     async def follow(self) -> None:
         """Says who this is and takes what the core tells, until it is cancelled."""
-        await self._send(Attach(pid=os.getpid(), serves=False))
+        await self._send(Attach(pid=os.getpid()))
         while True:
             frame = await self._socket.recv()
             try:
@@ -131,6 +134,8 @@ class AdminLink:
                     self._pieces.put_nowait(_LOST)
             case Load():
                 self.load = message
+            case Draining():
+                self.is_draining = True
             case Drained():
                 self._num_ended = message.num_ended
                 self._drained.set()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import grpc
 
 from tokenloom.scheduler.admin.link import AdminLink
+from tokenloom.scheduler.admin.load import interval_of, report_of
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.front.boundary import Context, bounded, parsed
 from tokenloom.scheduler.front.errors import (
@@ -16,6 +18,7 @@ from tokenloom.scheduler.front.errors import (
     Unavailable,
     Violation,
 )
+from tokenloom.scheduler.messages import ModelReady
 from tokenloom.v1 import admin_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Admin"].full_name
@@ -66,6 +69,7 @@ class AdminServicer:
                 "Drain": unary(bounded(parsed(pb.DrainRequest, self.drain))),
                 "Abort": unary(bounded(parsed(pb.AbortRequest, self.abort))),
                 "Profile": stream(bounded(parsed(pb.ProfileRequest, self.profile))),
+                "WatchLoad": stream(bounded(parsed(pb.WatchLoadRequest, self.watch_load))),
             },
         )
 
@@ -106,6 +110,20 @@ class AdminServicer:
                 await context.write(response.SerializeToString())
                 if piece.is_last:
                     left.discard(piece.rank)
+
+    async def watch_load(self, request: pb.WatchLoadRequest, context: Context) -> None:
+        """Tells the load now and again in each interval, until the caller leaves."""
+        interval_s = interval_of(request)
+        link = self._link
+        while True:
+            is_served = isinstance(link.model, ModelReady)
+            report = report_of(
+                link.load,
+                model=self._config.name if is_served else "",
+                is_ready=is_served and not link.is_draining,
+            )
+            await context.write(report.SerializeToString())
+            await asyncio.sleep(interval_s)
 
 
 def _refuse(field: str, description: str) -> None:

@@ -25,6 +25,7 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
     """Queues a request, or refuses it with a reason that quotes the numbers."""
 
     def refuse(reason: RefusalReason, detail: str, retry_after_s: float | None) -> None:
+        state.totals.num_refused += 1
         state.outputs_of(front).refused.append(
             Refused(
                 stream=message.stream, reason=reason, detail=detail, retry_after_s=retry_after_s
@@ -47,17 +48,7 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
     if (full := _queue_full(state, len(tokens))) is not None:
         refuse(RefusalReason.QUEUE_FULL, full, _retry_after_s(state))
         return
-    request = state.new_request(
-        front=front,
-        stream=message.stream,
-        tokens=tokens,
-        max_tokens=message.max_tokens,
-        sampling=message.sampling,
-        salt=message.salt,
-        num_completion_tokens=message.num_completion_tokens,
-        now=now,
-    )
-    request.request_id = message.request_id
+    state.new_request(front, message, tokens, now)
 
 
 def abort(state: State, front: int, message: Abort) -> None:
@@ -95,7 +86,7 @@ def begin_epoch(state: State, spec: ModelSpec) -> None:
     state.pool = BlockPool(spec.num_blocks, spec.block_size, cache=limits.prefix_cache)
     state.released = []
     state.costs = StepCosts()
-    for request in list(state.waiting.values()):
+    for request in list(state.waiting):
         if request.max_total > spec.max_request_tokens:
             state.finish(request, FinishReason.NO_ROOM)
         else:
@@ -109,7 +100,7 @@ def end_epoch(state: State) -> None:
     if state.slots is not None:
         running = [request for request in state.slots.requests if request is not None]
         for request in sorted(running, key=lambda request: request.serial, reverse=True):
-            state.preempt(request)
+            state.requeue(request)
     state.spec = None
     state.slots = None
     state.pool = None
@@ -169,9 +160,9 @@ def _queue_full(state: State, num_tokens: int) -> str | None:
     limits = state.limits
     if len(state.waiting) >= limits.max_waiting_requests:
         return f"{len(state.waiting)} requests wait; at most {limits.max_waiting_requests} may"
-    if state.num_waiting_tokens + num_tokens > limits.max_waiting_tokens:
+    if state.waiting.num_tokens + num_tokens > limits.max_waiting_tokens:
         return (
-            f"{state.num_waiting_tokens} prompt tokens wait and this prompt has {num_tokens}; "
+            f"{state.waiting.num_tokens} prompt tokens wait and this prompt has {num_tokens}; "
             f"at most {limits.max_waiting_tokens} may wait"
         )
     return None

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, assert_never
 
 import msgspec
@@ -20,6 +21,8 @@ from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.core import admission, applying, crashes, planning
 from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
+from tokenloom.scheduler.core.load import LoadPace, load_of
+from tokenloom.scheduler.core.metering import samples_of
 from tokenloom.scheduler.core.operators import Operators
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
@@ -43,6 +46,7 @@ from tokenloom.scheduler.messages import (
     decode_from_front,
     encode,
 )
+from tokenloom.scheduler.samples import SampleFile
 from tokenloom.wire import codec
 from tokenloom.wire import messages as wire
 from tokenloom.wire.messages import (
@@ -114,6 +118,10 @@ class CoreLoop:
         older epochs are still in their stores. No core has an epoch each millisecond."""
         self._watch = StepWatch(config.step_timeout_s)
         self._stalls = StallWatch()
+        self._pace = LoadPace()
+        self._samples: SampleFile | None = None
+        if config.metrics_listen:
+            self._samples = SampleFile(Path(config.metrics_dir), "core")
         self._budget = crashes.CrashBudget(
             max_crashes=config.max_crashes, window_s=config.crash_window_s
         )
@@ -134,9 +142,12 @@ class CoreLoop:
         spin = Spin(self._config.spin_us)
         ask_s = math.inf
         while True:
-            ready = _poll(poller, spin, min(ask_s, self._watch.due_s) - self._clock())
+            due_s = min(ask_s, self._watch.due_s, self._pace.due_s)
+            ready = _poll(poller, spin, due_s - self._clock())
             if stop_fd in ready:
                 break
+            if ready:
+                self._pace.note()
             if self._workers in ready:
                 spin.result()
                 self._receive_from_workers()
@@ -152,6 +163,9 @@ class CoreLoop:
             if self._fronts in ready:
                 self._receive_from_fronts()
             self._advance()
+            if self._clock() >= self._pace.due_s:
+                self._tell_load()
+        self._write_samples(self._clock())
         self._shut_down_group()
 
     def _advance(self) -> None:
@@ -173,6 +187,21 @@ class CoreLoop:
             if (identity := self._front_ids.get(front)) is not None:
                 self._send_to_front(identity, outputs.packed())
         self._operators.look()
+
+    def _tell_load(self) -> None:
+        """Tells all fronts how busy the core is."""
+        load = load_of(self._state)
+        for identity in list(self._front_ids.values()):
+            self._send_to_front(identity, load)
+        now = self._clock()
+        self._pace.tell(now)
+        if self._samples is not None and self._samples.is_due(now):
+            self._write_samples(now)
+
+    def _write_samples(self, now: float) -> None:
+        if self._samples is not None:
+            ranks = [rank.ready for rank in self._group.ranks if rank.ready is not None]
+            self._samples.write(samples_of(self._state, ranks), now)
 
     # Workers
 
@@ -266,8 +295,9 @@ class CoreLoop:
         if least < 1 or offer.max_step_tokens < self._config.max_num_requests:
             self._lose_group(f"the group is ready with too little to offer: {offer}")
             return
-        spec = ModelSpec.of(offer)
+        spec = ModelSpec.of(offer, num_ranks=self._group.world_size)
         admission.begin_epoch(self._state, spec)
+        self._state.totals.begin_epoch(self._clock())
         _tell_supervisor("serving", self._group.pids)
         log.info(
             "model is ready: weights %.2f GiB, KV cache %.2f GiB, %d blocks of %d positions, "
@@ -306,6 +336,8 @@ class CoreLoop:
         for rank in group.ranks:  # those who can still hear it would wait for steps
             self._reach(rank.identity, codec.encode(Shutdown()))
         _tell_supervisor("lost", group.pids)
+        if self._state.spec is not None:
+            self._state.totals.lose_group(self._clock())
         crashes.lose_group(self._state)
         self._flush()  # what came before the loss, before the word of it
         for identity in list(self._front_ids.values()):
@@ -463,7 +495,7 @@ class CoreLoop:
             num_cached_blocks=0 if state.pool is None else state.pool.num_cached,
             num_steps=state.next_step_id - 1,
             num_dropped_frames=self._num_dropped_frames,
-            num_preemptions=state.num_preemptions,
+            num_preemptions=state.totals.num_preemptions,
             violations=tuple(state.check()),
         )
 

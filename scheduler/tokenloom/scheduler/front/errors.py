@@ -2,6 +2,8 @@
 
     RequestError             code                 reason in google.rpc.ErrorInfo
     ├── InvalidRequest       INVALID_ARGUMENT     INVALID_REQUEST, PROMPT_TOO_LONG, MALFORMED
+    ├── Unauthenticated      UNAUTHENTICATED      NO_IDENTITY, BAD_TOKEN
+    ├── UnknownTenant        PERMISSION_DENIED    UNKNOWN_TENANT
     ├── OtherModel           FAILED_PRECONDITION  OTHER_MODEL
     ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL, DEADLINE_UNREACHABLE, TENANT_LIMIT
     ├── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
@@ -21,7 +23,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -40,6 +42,9 @@ _MAX_MESSAGE_CHARS = 512
 """Both keep a status within the 8 KiB of metadata that clients accept."""
 
 _log = logging.getLogger(__name__)
+
+Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+"""Metadata sent with a status. gRPC takes no list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,21 @@ class InvalidRequest(RequestError):
                 field=violation.field, description=violation.description
             )
         return [bad_request]
+
+
+class Unauthenticated(RequestError):
+    """The call does not say whose it is, or says it in vain."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class UnknownTenant(RequestError):
+    """The caller is who it says, and nobody's."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+    def __init__(self, spiffe_id: str) -> None:
+        super().__init__("UNKNOWN_TENANT", f"{spiffe_id} belongs to no tenant of this server")
 
 
 class OtherModel(RequestError):
@@ -223,8 +243,10 @@ def refusal_error(refused: Refused) -> RequestError:
             return fault(f"the core refused a request as {refused.reason}: {refused.detail}")
 
 
-async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestError) -> NoReturn:
-    """Ends a call with the status of an error.
+async def abort(
+    context: grpc.aio.ServicerContext[bytes, bytes], error: RequestError, trailers: Trailers = ()
+) -> NoReturn:
+    """Ends a call with the status of an error; `trailers` go with it.
 
     A client that does not read what came before the status never gets it: its stream is cut.
     """
@@ -237,13 +259,10 @@ async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestE
         message=message,
         details=[_pack(detail) for detail in (info, *error.details())],
     )
-    trailers: tuple[tuple[str, str | bytes], ...] = (  # gRPC takes no list
-        *error.trailers(),
-        ("grpc-status-details-bin", status.SerializeToString()),
-    )
+    details: Trailers = (("grpc-status-details-bin", status.SerializeToString()),)
     try:
         async with asyncio.timeout(UNREAD_S):
-            await context.abort(error.code, message, trailers)
+            await context.abort(error.code, message, (*error.trailers(), *details, *trailers))
     except TimeoutError as unread:
         raise asyncio.CancelledError from unread
     except grpc.aio.InternalError as gone:  # the client left meanwhile

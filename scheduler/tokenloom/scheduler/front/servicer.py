@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import grpc
 import grpc.aio
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from tokenloom.scheduler.config import SchedulerConfig
-from tokenloom.scheduler.front.boundary import Context, bounded, parsed
+from tokenloom.scheduler.front.boundary import Context, bounded, parse, parsed
 from tokenloom.scheduler.front.chat import PromptTooLong, TemplateError
 from tokenloom.scheduler.front.connections import max_streams
 from tokenloom.scheduler.front.errors import (
@@ -30,7 +30,11 @@ from tokenloom.scheduler.front.errors import (
     Unavailable,
     Violation,
 )
+from tokenloom.scheduler.front.identity import Identities
+from tokenloom.scheduler.front.journal import Journal
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.load import LoadReports
+from tokenloom.scheduler.front.record import Record
 from tokenloom.scheduler.front.responses import (
     Call,
     admission_response,
@@ -57,10 +61,12 @@ from tokenloom.scheduler.front.validate import (
     validate_tokenize,
 )
 from tokenloom.scheduler.messages import ModelReady, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.v1 import inference_pb2 as pb
 
 MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
 """A little more than the largest prompt that validation lets through."""
+_Request = TypeVar("_Request", bound=Message)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -71,10 +77,22 @@ _RETRY_S = 1.0
 class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
-    def __init__(self, config: SchedulerConfig, text: TextModel, link: CoreLink) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        text: TextModel,
+        link: CoreLink,
+        *,
+        journal: Journal,
+        identities: Identities,
+        reports: LoadReports,
+    ) -> None:
         self._config = config
         self._text = text
         self._link = link
+        self._journal = journal
+        self._identities = identities
+        self._reports = reports
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
@@ -157,30 +175,47 @@ class InferenceServicer:
         """Returns the service as a server takes it.
 
         Requests are parsed inside the boundary of each call, so that garbage
-        is refused like any other bad request.
+        is refused like any other bad request, and after its caller is known.
         """
-        unary = grpc.unary_unary_rpc_method_handler
-        stream = grpc.unary_stream_rpc_method_handler
-        look = self._screen
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Generate": stream(bounded(parsed(pb.GenerateRequest, self.generate, look))),
-                "Tokenize": unary(bounded(parsed(pb.TokenizeRequest, self.tokenize, look))),
-                "Detokenize": unary(bounded(parsed(pb.DetokenizeRequest, self.detokenize, look))),
-                "GetModel": unary(bounded(parsed(pb.GetModelRequest, self.get_model))),
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    bounded(self.generate, self._reports.trailers)
+                ),
+                "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
+                "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
+                "GetModel": self._unary(pb.GetModelRequest, self.get_model),
             },
         )
+
+    def _unary(
+        self,
+        request_type: type[_Request],
+        serve: Callable[[_Request, Context], Awaitable[Message]],
+    ) -> grpc.RpcMethodHandler[bytes, bytes | None]:
+        serve_bytes = parsed(request_type, serve, self._screen)
+
+        async def call(data: bytes, context: Context) -> Message | None:
+            self._identities.tenant_of(context)
+            return await serve_bytes(data, context)
+
+        return grpc.unary_unary_rpc_method_handler(bounded(call))
 
     def _screen(self, request_type: type[Message], data: bytes) -> None:
         """Refuses, before it is parsed, what is too much to parse."""
         if len(data) > SMALL_BYTES:
             screen(request_type, data, self._limits())
 
-    async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        """Streams one completion."""
-        async with self._running():
-            await self._generate(request, context)
+    async def generate(self, data: bytes, context: Context) -> None:
+        """Streams one completion. Whatever comes of the call stands in the journal."""
+        with self._journal.entry(context) as record:
+            async with self._running():
+                tenant = self._identities.tenant_of(context)
+                record.tenant = tenant.name
+                self._screen(pb.GenerateRequest, data)
+                request = parse(pb.GenerateRequest, data)
+                await self._generate(request, context, record, tenant)
 
     async def tokenize(self, request: pb.TokenizeRequest, _: Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
@@ -204,20 +239,25 @@ class InferenceServicer:
             max_model_tokens=limits.max_model_tokens,
             eos_token_ids=limits.eos_token_ids,
             has_chat_template=limits.has_chat_template,
-            server_version=_SERVER_VERSION,
+            server_version=SERVER_VERSION,
             fingerprint=self._fingerprint,
         )
 
     # A stream --------------------------------------------------------------------------------
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context) -> None:
+    async def _generate(
+        self, request: pb.GenerateRequest, context: Context, record: Record, tenant: Tenant
+    ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
         tokens = await self._tokens(spec.prompt, limits)
         max_tokens = fit(spec, len(tokens), self._limits())  # they may have changed meanwhile
-        stream = self._stream(spec)
+        stream = self._stream(spec, record)
+        record.is_chat = isinstance(spec.prompt, ChatPrompt)
+        record.num_prompt_tokens, record.max_tokens = len(tokens), max_tokens
+        record.sampling, record.stream = spec.sampling, stream
         call = Call(
-            request_id=uuid.uuid4().hex,
+            request_id=record.request_id,
             seed=spec.sampling.seed,
             num_prompt_tokens=len(tokens),
             max_tokens=max_tokens,
@@ -232,9 +272,10 @@ class InferenceServicer:
             tokens=tokens.tobytes(),
             max_tokens=max_tokens,
             sampling=spec.sampling,
-            salt="",
+            salt=tenant.cache_group,
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
             request_id=call.request_id,
+            tenant=tenant.name,
         )
         try:
             if not stream.is_over:
@@ -272,10 +313,15 @@ class InferenceServicer:
                     await stream.write(context.write(delta.SerializeToString()))
                 if piece.pauses:
                     await stream.write(context.write(pause_response().SerializeToString()))
-        finish = finish_response(call, end, num_cached_tokens=num_cached_tokens)
+        finish = finish_response(
+            call,
+            end,
+            num_cached_tokens=num_cached_tokens,
+            gpu_hour_price=self._config.gpu_hour_price,
+        )
         await stream.write(context.write(finish.SerializeToString()))
 
-    def _stream(self, spec: GenerateSpec) -> Stream:
+    def _stream(self, spec: GenerateSpec, record: Record) -> Stream:
         return Stream(
             number=next(self._numbers),
             detokenizer=self._text.detokenizer(skip_special_tokens=spec.skip_special_tokens),
@@ -284,6 +330,7 @@ class InferenceServicer:
             stop_token_ids=frozenset(spec.sampling.stop_token_ids),
             max_buffer_tokens=self._config.max_stream_buffer_tokens,
             on_stop=self._link.stop,
+            on_event=partial(self._journal.mark, record),
         )
 
     async def _tokens(self, prompt: Prompt, limits: Limits) -> NDArray[np.int32]:
@@ -315,4 +362,4 @@ def _server_version() -> str:
         return "checkout"
 
 
-_SERVER_VERSION = _server_version()
+SERVER_VERSION = _server_version()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tokenloom.worker.attention import Pages
+    from tokenloom.worker.ranks.board import Board
     from tokenloom.worker.weights.linears import Linear
 
 
@@ -78,6 +79,19 @@ class Residual:
             update = torch.empty_like(self._hidden)
             multiply(update, None)
             self.add_later(update)
+
+    def board(self) -> Board | None:
+        """Returns where a kernel can sum what all ranks left aside; None: there is no such sum."""
+        return None if self._update is None else self._ranks.board(len(self._hidden))
+
+    def own_parts(self) -> tuple[Tensor, Tensor]:
+        """Returns the states, and of what the caller is to add to them, summed, this rank's part.
+
+        For whoever got the `board` to sum it on.
+        """
+        update, self._update = self._update, None
+        assert update is not None
+        return self._hidden, update
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Returns the states, and what the caller is now to add to them in place."""

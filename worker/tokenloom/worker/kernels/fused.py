@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenloom.worker.fp8 import LARGEST, SMALLEST
+from tokenloom.worker.kernels import norms
 from tokenloom.worker.kernels.base import FAULTY, DecodeRows, Operations, Residual
 from tokenloom.worker.kernels.eight_bit import multiply_eight_bit
 from tokenloom.worker.kernels.four_bit import (
@@ -102,11 +103,11 @@ class FusedOperations(Operations):
 
     def norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Returns [num_rows, size] rows over their root mean square, times [size] weight."""
-        return _launch_norm(rows, None, weight, eps)
+        return norms.norm(rows, None, weight, eps)
 
     def add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds update to [num_rows, size] hidden in place and returns the norm of the sum."""
-        return _launch_norm(hidden, update, weight, eps)
+        return norms.norm(hidden, update, weight, eps)
 
     def place_heads(
         self,
@@ -171,6 +172,24 @@ class FusedOperations(Operations):
         )
         return product
 
+    def norm_sum(self, residual: Residual, weight: Tensor, eps: float) -> Tensor:
+        """Returns the norm of the rows with all that was added, [num_rows, size]."""
+        board = residual.board()
+        if board is None:
+            return super().norm_sum(residual, weight, eps)
+        return norms.sum_norm(board, *residual.own_parts(), weight, eps)
+
+    def _to_norm(
+        self, residual: Residual, weight: Tensor, eps: float
+    ) -> tuple[Tensor, tuple[Tensor, float] | None]:
+        """Returns rows with all that was added, and the norm that a matmul is to begin with.
+
+        A kernel that sums over ranks has their norm for nothing.
+        """
+        if residual.board() is None:
+            return residual.sum(), (weight, eps)
+        return self.norm_sum(residual, weight, eps), None
+
     def norm_linear(
         self,
         residual: Residual,
@@ -182,18 +201,18 @@ class FusedOperations(Operations):
         """Returns the matrix times the normalized rows, [num_rows, num_outputs]."""
         if isinstance(linear, DenseLinear):
             if cut := choose_cut(len(residual), linear):
-                hidden = residual.sum()
+                rows, norm = self._to_norm(residual, weight, eps)
                 if out is None:
-                    out = hidden.new_empty((len(hidden), linear.shape[0]))
-                return multiply(cut, hidden, linear, out, norm=(weight, eps))
+                    out = rows.new_empty((len(rows), linear.shape[0]))
+                return multiply(cut, rows, linear, out, norm=norm)
             if tiling := choose_tiling(len(residual), linear):
                 rows = self.norm_sum(residual, weight, eps)
                 return multiply_streamed(tiling, rows, linear, out)
         if isinstance(linear, EightBitLinear) and linear.threshold == 0:
-            hidden = residual.sum()
+            rows, norm = self._to_norm(residual, weight, eps)
             if out is None:
-                out = hidden.new_empty((len(hidden), linear.shape[0]))
-            return multiply_eight_bit(hidden, linear, out, norm=(weight, eps))
+                out = rows.new_empty((len(rows), linear.shape[0]))
+            return multiply_eight_bit(rows, linear, out, norm=norm)
         if isinstance(linear, FourBitLinear) and has_kernels(linear, weight.dtype):
             return self._norm_four_bit(residual, weight, eps, linear, out)
         return super().norm_linear(residual, weight, eps, linear, out)
@@ -204,16 +223,16 @@ class FusedOperations(Operations):
         """Returns silu(gate) * up of the normalized rows, [num_rows, num_outputs / 2]."""
         if isinstance(linear, DenseLinear):
             if cut := choose_cut(len(residual), linear, gated=True):
-                hidden = residual.sum()
-                out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
-                return multiply(cut, hidden, linear, out, norm=(weight, eps), gated=True)
+                rows, norm = self._to_norm(residual, weight, eps)
+                out = rows.new_empty((len(rows), linear.shape[0] // 2))
+                return multiply(cut, rows, linear, out, norm=norm, gated=True)
             if tiling := choose_tiling(len(residual), linear, gated=True):
                 rows = self.norm_sum(residual, weight, eps)
                 return multiply_streamed(tiling, rows, linear, gated=True)
         if isinstance(linear, EightBitLinear) and linear.threshold == 0:
-            hidden = residual.sum()
-            out = hidden.new_empty((len(hidden), linear.shape[0] // 2))
-            return multiply_eight_bit(hidden, linear, out, norm=(weight, eps), gated=True)
+            rows, norm = self._to_norm(residual, weight, eps)
+            out = rows.new_empty((len(rows), linear.shape[0] // 2))
+            return multiply_eight_bit(rows, linear, out, norm=norm, gated=True)
         if isinstance(linear, FourBitLinear) and has_kernels(linear, weight.dtype):
             return self._norm_four_bit(residual, weight, eps, linear, gated=True)
         return super().norm_gate_up(residual, weight, eps, linear)
@@ -251,9 +270,10 @@ class FusedOperations(Operations):
         gated: bool = False,
     ) -> Tensor:
         """Returns what `norm_linear` does, with `gated` what `norm_gate_up` does."""
-        norm, way = (weight, eps), choose_for(len(residual), linear)
+        way = choose_for(len(residual), linear)
         if isinstance(way, Few):
-            return multiply_four_bit(way, residual.sum(), linear, out, norm=norm, gated=gated)
+            rows, norm = self._to_norm(residual, weight, eps)
+            return multiply_four_bit(way, rows, linear, out, norm=norm, gated=gated)
         rows = self.norm_sum(residual, weight, eps)
         if way is not None:
             return multiply_four_bit(way, rows, linear, out, gated=gated)
@@ -316,64 +336,6 @@ def _end_decode(
     if slot != idle_slot:
         tl.store(ends + slot, following)
         tl.store(tokens + slot * max_tokens + following, token)
-
-
-def _launch_norm(rows: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    normed = torch.empty_like(rows)  # [num_rows, size]
-    num_rows, size = rows.shape
-    columns = triton.next_power_of_2(size)
-    num_splits = len(update) if update is not None and update.dim() == 3 else 0
-    overlapped = overlaps(rows.device)
-    _add_norm[(num_rows,)](
-        rows,
-        update,
-        weight,
-        normed,
-        size,
-        eps,
-        COLUMNS=columns,
-        SPLITS=num_splits,
-        OVERLAPPED=overlapped,
-        # 16 numbers a thread in 16-byte loads; of partial sums, which are many, 2.
-        num_warps=min(max(columns // (64 if num_splits else 512), 1), 32),
-        launch_pdl=overlapped,
-    )
-    return normed
-
-
-@triton.jit
-def _add_norm(
-    hidden: tl.tensor,
-    update: tl.tensor,
-    weight: tl.tensor,
-    normed: tl.tensor,
-    size: int,
-    eps: float,
-    COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-) -> None:
-    """A program a row; with splits the update is float32 partial sums."""
-    let_next_start(OVERLAPPED)
-    columns = tl.arange(0, COLUMNS)
-    inside = columns < size
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    wait_for_previous(OVERLAPPED)
-    row = tl.program_id(0).to(tl.int64) * size + columns
-    x = tl.load(hidden + row, mask=inside, other=0.0)
-    if update is not None:
-        added = tl.load(update + row, mask=inside, other=0.0)
-        if SPLITS:
-            part = tl.num_programs(0).to(tl.int64) * size
-            for split in tl.static_range(1, SPLITS):
-                added += tl.load(update + split * part + row, mask=inside, other=0.0)
-            added = added.to(x.dtype)
-        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
-        tl.store(hidden + row, x, mask=inside)
-    wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    rounded = (wide * scale).to(x.dtype).to(tl.float32)
-    tl.store(normed + row, (gain * rounded).to(x.dtype), mask=inside)
 
 
 @triton.jit

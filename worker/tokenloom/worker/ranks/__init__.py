@@ -1,4 +1,4 @@
-"""What the ranks of a group tell each other in a step, and how they meet."""
+"""What the ranks of a group tell and add in a step, and how they meet."""
 
 from tokenloom.worker.ranks.base import ALONE, Alone, Ranks
 

@@ -15,9 +15,14 @@ All ranks call the same methods in the same order, with tensors of the same size
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokenloom.worker.ranks.board import Board
 
 
 class Ranks(Protocol):
@@ -28,6 +33,15 @@ class Ranks(Protocol):
 
     def sum(self, parts: Tensor) -> Tensor:
         """Returns the sum of what all ranks have, in the memory of `parts`, which is contiguous."""
+
+    def prepare(self, max_rows: int, size: int, dtype: torch.dtype) -> None:
+        """Makes ready to sum so many rows of a size in kernels, where that pays and can be.
+
+        To be called once at most, before steps are recorded or captured.
+        """
+
+    def board(self, num_rows: int) -> Board | None:
+        """Returns where kernels sum so many rows of that size; None: `sum` is for them."""
 
     def own(self, num_rows: int) -> slice:
         """Returns which of so many rows are this rank's to draw; for the last ranks maybe none."""
@@ -59,6 +73,13 @@ class Alone(Ranks):
     def sum(self, parts: Tensor) -> Tensor:
         """Returns the parts, which are whole."""
         return parts
+
+    def prepare(self, max_rows: int, size: int, dtype: torch.dtype) -> None:
+        """There is nothing to sum."""
+
+    def board(self, num_rows: int) -> Board | None:  # noqa: ARG002 - none is large enough
+        """There is none."""
+        return None
 
     def own(self, num_rows: int) -> slice:
         """Returns all of the rows."""
