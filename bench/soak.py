@@ -65,6 +65,9 @@ MAX_GROWTH_BYTES = 24 * 1024 * 1024
 MAX_MORE = 4
 """Descriptors and tasks at rest that may be more: a connection that is just closing."""
 
+MAX_MORE_SERIES = 20
+"""Metric series that may be more: of a reason that comes seldom."""
+
 BAD = (
     pb.GenerateRequest(),
     pb.GenerateRequest(text=""),
@@ -442,7 +445,7 @@ def grown(first: Sample, last: Sample) -> list[str]:
     for name in ("num_running", "num_waiting", "num_used_blocks"):
         if getattr(last, name):
             found.append(f"{name} is {getattr(last, name)} at rest")
-    if last.num_series > first.num_series:
+    if last.num_series > first.num_series + MAX_MORE_SERIES:
         found.append(f"metric series: {first.num_series} → {last.num_series}")
     return found
 
