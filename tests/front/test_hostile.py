@@ -94,12 +94,14 @@ async def test_streams_and_new_requests_go_on_while_a_hostile_prompt_is_tokenize
     stream.cancel()
 
 
+@pytest.mark.parametrize("hostile", [HOSTILE, "🎉" * 4 * MIB, " \n" * 8 * MIB])
 async def test_a_hostile_prompt_is_looked_at_as_far_as_it_may_fit(
-    wide: tuple[Front, Counting],
+    wide: tuple[Front, Counting], hostile: str
 ) -> None:
     front, counting = wide
-    await front.refused(HOSTILE)
-    assert counting.num_chars < len(HOSTILE) / 2
+    found = await front.refused(hostile)
+    assert found.info.reason == "PROMPT_TOO_LONG"
+    assert counting.num_chars < 0.6 * len(hostile)
 
 
 async def test_hostile_prompts_whose_clients_left_take_no_more_time(

@@ -41,8 +41,8 @@ _MAX_WAITING_CHARS = 64 * 1024 * 1024
 """Of texts that wait for a thread, in all; more are refused."""
 _CHUNK_CHARS = 64 * 1024
 """Of a text that is unlikely to fit, so much is counted at once."""
-_LIKELY_CHARS = 4
-"""A text of fewer characters for each token that fits is likely to fit."""
+_LIKELY_BYTES = 4
+"""A text of fewer bytes for each token that fits is likely to fit."""
 _RETRY_S = 1.0
 
 
@@ -154,8 +154,10 @@ class TextModel:
         return self._template.render(messages, max_chars=max_chars)
 
     def _encode(self, text: str, most_tokens: int | None, errand: _Errand) -> NDArray[np.int32]:
-        if most_tokens is not None and len(text) > max(_LIKELY_CHARS * most_tokens, _CHUNK_CHARS):
-            self._look_through(text, most_tokens, errand)
+        if most_tokens is not None and len(text) > _CHUNK_CHARS:
+            num_bytes = len(text.encode())
+            if num_bytes > _LIKELY_BYTES * most_tokens:
+                self._look_through(text, most_tokens, errand)
         # The batch call lets go of the interpreter lock and computes no offsets.
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.asarray(encoding.ids, dtype=np.int32)
