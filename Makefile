@@ -15,8 +15,13 @@ INSTALLED_DEV := $(VENV)/installed-dev
 
 PROTOS := $(wildcard protos/tokenloom/v1/*.proto)
 GENERATED := build/gen
+# What Envoy turns into JSON: the API, and the messages in which a status is explained.
+DESCRIBED := tokenloom/v1/inference.proto google/rpc/status.proto google/rpc/error_details.proto
 BUF_VERSION := 1.75.0
 BUF := $(VENV)/buf-$(BUF_VERSION)/node_modules/.bin/buf
+PROMETHEUS := $(VENV)/prometheus
+UV_VERSION := 0.13.9
+UV := $(VENV)/uv-$(UV_VERSION)/bin/uv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,7 +38,7 @@ demo: $(INSTALLED) ## Serve the pocket model on this machine and ask it a few th
 
 # Each test process has a core; more threads than that only get in each other's way.
 .PHONY: test
-test: $(INSTALLED_DEV) ## Run the tests that need no GPU; ARGS="-k name -x" narrows them
+test: $(INSTALLED_DEV) $(PROMETHEUS) ## Run the tests that need no GPU; ARGS="-k name -x" narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
 # Nothing can be installed on some GPU hosts, so any python3 that has torch will do.
@@ -74,12 +79,14 @@ check-protos: $(BUF)
 check-generated: generated
 	@diff -qr -x __init__.py -x __pycache__ -x py.typed -x '*.proto' protos/tokenloom/v1 $(GENERATED)/tokenloom/v1 \
 	|| { echo "generated code is stale: run make gen"; exit 1; }
+	@diff -q deploy/envoy/tokenloom.pb $(GENERATED)/tokenloom.pb || { echo "the descriptors for Envoy are stale: run make gen"; exit 1; }
 	@echo "generated code is up to date"
 
 .PHONY: gen
-gen: generated ## Generate the Python code of the proto files
+gen: generated ## Generate the Python code of the proto files, and their descriptors for Envoy
 	rm -f protos/tokenloom/v1/*_pb2*
 	cp $(GENERATED)/tokenloom/v1/* protos/tokenloom/v1/
+	cp $(GENERATED)/tokenloom.pb deploy/envoy/
 
 # Into a folder of its own: a mistake in a proto file leaves the last good code in place.
 .PHONY: generated
@@ -89,6 +96,19 @@ generated: $(INSTALLED_DEV)
 		--python_out=$(GENERATED) --mypy_out=quiet:$(GENERATED) $(PROTOS)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m grpc_tools.protoc -Iprotos \
 		--grpc_python_out=$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED) $$(grep -l '^service ' $(PROTOS))
+	@$(BIN)/python -m grpc_tools.protoc -Iprotos -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		--include_imports --descriptor_set_out=$(GENERATED)/tokenloom.pb $(DESCRIBED)
+
+# What the images install. triton is torch's own choice there; the tests pin another one for its interpreter.
+# The build of torch for CPUs is on no default package index: TORCH_CPU is a folder or a page that has it.
+LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --no-annotate --constraint build/constraints.txt \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 $(PARTS:%=--no-emit-package tokenloom-%)
+
+.PHONY: lock
+lock: $(UV) ## Pin what the images install, with hashes; TORCH_CPU=DIR has torch's build for CPUs
+	@mkdir -p build && grep -v '^triton==' constraints.txt > build/constraints.txt
+	for image in build scheduler worker; do $(LOCK) deploy/images/$$image.in -o deploy/images/$$image.lock || exit; done
+	$(LOCK) --find-links "$(TORCH_CPU)" deploy/images/cpu.in -o deploy/images/cpu.lock
 
 .PHONY: bench
 bench: $(INSTALLED) ## Measure the core and the path of a stream; bench/README.md explains
@@ -120,4 +140,22 @@ $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 $(BUF): | $(INSTALLED)
 	@command -v npm >/dev/null || { echo "npm is not on the PATH; checking the proto files takes buf, which comes with npm (Node.js 18 or newer)"; exit 1; }
 	npm install --loglevel=error --no-save --no-package-lock --no-audit --no-fund --prefix $(VENV)/buf-$(BUF_VERSION) @bufbuild/buf@$(BUF_VERSION)
+	@touch $@
+
+# Prometheus and promtool, for the tests of metrics, alert rules and dashboards: those of the PATH, or
+# Debian's package, unpacked and not installed. Where neither can be had these tests are skipped; not in CI.
+$(PROMETHEUS): | $(INSTALLED)
+	@mkdir -p $@.draft
+	@if command -v prometheus >/dev/null && command -v promtool >/dev/null; then \
+		echo "prometheus and promtool are on the PATH"; \
+	elif command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then \
+		cd $@.draft && { apt-get -qq download prometheus || { apt-get -qq update && apt-get -qq download prometheus; }; } && \
+		dpkg-deb --extract prometheus_*.deb . && rm prometheus_*.deb; \
+	else \
+		echo "prometheus and promtool are not on the PATH: what needs them is skipped"; \
+	fi
+	@mv $@.draft $@
+
+$(UV): | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(VENV)/uv-$(UV_VERSION) uv==$(UV_VERSION)
 	@touch $@

@@ -29,6 +29,7 @@ from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.messages import (
     Attach,
     Commands,
+    Load,
     ModelReady,
     Outputs,
     Submit,
@@ -162,6 +163,8 @@ def read_for(front: zmq.Socket[bytes], seconds: float) -> None:
     while (left_s := end_s - time.monotonic()) > 0:
         if front.poll(int(1000 * left_s) + 1):
             message = decode_to_front(front.recv())
+            if isinstance(message, Load):
+                continue
             if not isinstance(message, Outputs) or message.finished or message.refused:
                 raise RuntimeError(f"the core says {message}")
 

@@ -91,6 +91,7 @@ def test_entry_points_of_the_wheels_load(wheels: Mapping[str, Path], tmp_path: P
     printed = run_python(LOAD_ENTRY_POINTS, path=(installed, SITE_PACKAGES), site=False)
     assert printed.splitlines() == [
         "console_scripts: tokenloom True",
+        "tokenloom.commands: bearer-token True",
         "tokenloom.commands: keys True",
         "tokenloom.commands: plan True",
         "tokenloom.commands: quantize True",

@@ -453,7 +453,7 @@ def test_credentials_secure_the_connection() -> None:
         assert client.generate("a").text() == "Hello"
         with (
             grpc.insecure_channel(server.address) as channel,
-            pytest.raises(TypeError, match="credentials go with an address"),
+            pytest.raises(TypeError, match="credentials go with an address, and so does a token"),
         ):
             Client(channel, credentials=credentials)
 

@@ -64,6 +64,10 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks, BLOCK_SIZE)
         self.naive = NaivePool(num_blocks)
         self.held: list[list[int]] = []
+        self.before_s: dict[int, float] = {}
+        """What the meters of a table's blocks showed when they were taken, by the table's id."""
+        self.parts_s: dict[int, float] = {}
+        """Block-seconds of each table, by the naive rule: each second is shared by the holders."""
 
     @rule(target=tables, count=st.integers(1, 6))
     def allocate(self, count: int) -> list[int]:
@@ -76,8 +80,20 @@ class BlockPoolMachine(RuleBasedStateMachine):
         for block in table:
             assert self.naive.holders[block] == 0
             self.naive.take(block)
+        return self.hold(table)
+
+    def hold(self, table: list[int]) -> list[int]:
         self.held.append(table)
+        self.before_s[id(table)] = self.pool.meters_s(table)
+        self.parts_s[id(table)] = 0.0
         return table
+
+    @rule(seconds=st.floats(0.001, 100.0))
+    def wait(self, seconds: float) -> None:
+        self.pool.now_s += seconds
+        for table in self.held:
+            holders = (self.naive.holders[block] for block in table)
+            self.parts_s[id(table)] += sum(seconds / count for count in holders)
 
     @rule(table=tables, tokens=st.lists(st.integers(0, 1), min_size=12, max_size=12))
     def fill(self, table: list[int], tokens: list[int]) -> None:
@@ -107,15 +123,15 @@ class BlockPoolMachine(RuleBasedStateMachine):
         for block in table:
             self.naive.released.pop(block, None)
             self.naive.holders[block] += 1
-        if table:
-            self.held.append(table)
-        return table
+        return self.hold(table) if table else table
 
     @rule(table=consumes(tables), keep=st.booleans())
     def release(self, table: list[int], keep: bool) -> None:
-        if table not in self.held:
+        if not table:
             return
-        self.held.remove(table)
+        self.held = [other for other in self.held if other is not table]
+        part_s = self.pool.meters_s(table) - self.before_s[id(table)]
+        assert part_s == pytest.approx(self.parts_s[id(table)], abs=1e-6)
         self.pool.release(table, keep=keep)
         for block in reversed(table):
             self.naive.release(block, keep=keep)

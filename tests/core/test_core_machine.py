@@ -103,7 +103,7 @@ class CoreMachine(RuleBasedStateMachine):
         stream = self.num_streams
         self.num_streams += 1
         waiting = len(self.state.waiting)
-        waiting_tokens = sum(len(r.tokens) for r in self.state.waiting.values())
+        waiting_tokens = sum(len(r.tokens) for r in self.state.waiting)
         admission.submit(
             self.state,
             0,

@@ -218,7 +218,7 @@ def test_a_core_does_not_listen_without_its_secret_and_a_list(place: Place, log:
     ]
     for changed, _ in cases:
         assert exit_code(place.config | changed) == 2
-    secret.chmod(0o640)
+    secret.chmod(0o644)
     assert exit_code(place.config) == 2
     secret.chmod(0o600)
     with socket.create_server(place.address):
@@ -226,7 +226,7 @@ def test_a_core_does_not_listen_without_its_secret_and_a_list(place: Place, log:
     told = log.read()
     for _, part in cases:
         assert part in told
-    assert "is a secret and has mode 640; it must be 600" in told
+    assert "is a secret and has mode 644; it must be 600" in told
     assert "Address already in use" in told
     assert "Traceback" not in told
 

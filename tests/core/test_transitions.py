@@ -130,7 +130,7 @@ def test_a_request_that_the_next_worker_cannot_hold_ends_and_the_others_go_on() 
     admission.begin_epoch(state, spec(num_blocks=2))
     outputs = state.take_outputs()[0]
     assert [(end.stream, end.reason) for end in outputs.finished] == [(2, FinishReason.NO_ROOM)]
-    assert [request.stream for request in state.waiting.values()] == [1]
+    assert [request.stream for request in state.waiting] == [1]
     assert state.check() == []
 
 

@@ -19,7 +19,7 @@ import psutil
 import zmq
 
 from tests.core.processes import FrontSocket
-from tokenloom.client import Client
+from tokenloom.client import TLS, Client
 from tokenloom.scheduler.messages import Inspection
 
 START_TIMEOUT_S = 120.0
@@ -78,9 +78,23 @@ class Server:
         wait_until(path.exists, START_TIMEOUT_S, alive=self.scheduler)
         return path.read_text()
 
-    def client(self) -> Client:
+    @property
+    def metrics_address(self) -> str:
+        """Where the server's exporter listens; it must have been told to."""
+        path = self.run_dir / "metrics" / "address"
+        wait_until(path.exists, START_TIMEOUT_S, alive=self.scheduler)
+        return path.read_text()
+
+    @property
+    def admin_address(self) -> str:
+        """Where operators are served, with --admin-listen."""
+        path = self.run_dir / "admin-address"
+        wait_until(path.exists, START_TIMEOUT_S, alive=self.scheduler)
+        return path.read_text()
+
+    def client(self, *, credentials: TLS | None = None, token: str | None = None) -> Client:
         """Returns a client of the server, once the model is ready."""
-        client = Client(self.address)
+        client = Client(self.address, credentials=credentials, token=token)
         client.wait_ready(timeout_s=START_TIMEOUT_S)
         return client
 

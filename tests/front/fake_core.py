@@ -246,6 +246,10 @@ def _finished(run: _Run, reason: FinishReason) -> Finished:
         queue_s=0.25,
         prefill_s=0.5 if run.num_sent else None,
         decode_s=None,
+        gpu_s=0.5,
+        kv_block_s=3.0,
+        num_recomputed_tokens=7,
+        num_preemptions=1,
     )
 
 

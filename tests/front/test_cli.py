@@ -13,6 +13,7 @@ import pytest
 from tokenloom.scheduler import cli
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.supervise import Child
+from tokenloom.scheduler.tenants import Tenants
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.inference_pb2_grpc import InferenceStub
 from tokenloom.wire.keys import read_key_pair, read_public_key
@@ -83,6 +84,10 @@ def test_every_field_of_the_configuration_has_an_option(
 ) -> None:
     settings: dict[str, object] = {
         "served_name": "parrot",
+        "tls_cert": "server.pem",
+        "tls_key": "server.key",
+        "tls_client_ca": "clients.pem",
+        "tenants": "tenants.toml",
         "num_fronts": 2,
         "dtype": "float32",
         "quantize": "nf4",
@@ -102,26 +107,35 @@ def test_every_field_of_the_configuration_has_an_option(
         "heartbeat_timeout_s": 3.5,
         "max_crashes": 0,
         "crash_window_s": 4.5,
+        "admin_listen": "127.0.0.1:50052",
+        "metrics_listen": "127.0.0.1:9464",
+        "gpu_hour_price": 2.5,
+        "log_format": "json",
+        "log_level": "error",
+        "otlp_endpoint": "http://localhost:4317",
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
-    options += ["--listen=0.0.0.0:0", "--no-prefix-cache", "--quantize-lm-head"]
+    options += ["--listen=0.0.0.0:0", "--insecure", "--no-prefix-cache", "--quantize-lm-head"]
     cli.serve([str(checkpoint), f"--run-dir={run_dir}", *options])
     for field in fields(SchedulerConfig):
         if field.name in settings:
             assert getattr(started.config, field.name) == settings[field.name]
         elif not field.name.startswith("workers_"):  # `serve` starts its workers itself
-            own = {"model", "run_dir", "listen", "prefix_cache", "quantize_lm_head"}
+            own = {"model", "run_dir", "listen", "insecure", "prefix_cache", "quantize_lm_head"}
             assert field.name in own
     assert not started.config.prefix_cache
     assert started.config.quantize_lm_head
+    assert started.config.insecure
     host, port = started.config.listen.split(":")
     assert host == "0.0.0.0"
     assert int(port) > 0  # known before two fronts share it
     for number in (1, 2):
-        assert started.argv(f"worker {number}")[-2:] == (
+        assert started.argv(f"worker {number}")[-4:] == (
             f"--device=cuda:{number - 1}",
             "--spin-us=123",
+            "--log-format=json",
+            "--log-level=error",
         )
     assert started.config.run_dir == str(run_dir)
 
@@ -160,6 +174,36 @@ def test_tcp_without_keys_is_refused(
     assert started.children == []
 
 
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--metrics-listen=9464", "metrics_listen is '9464'; it must be HOST:PORT"),
+        ("--metrics-listen=unix:/tmp/x", "it must be HOST:PORT"),
+        ("--gpu-hour-price=-1", "gpu_hour_price is -1.0; it must be 0 or a positive number"),
+        ("--gpu-hour-price=nan", "gpu_hour_price is nan"),
+    ],
+)
+def test_metrics_without_an_address_and_prices_below_nothing_are_refused(
+    started: Started,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    complaint: str,
+) -> None:
+    assert cli.serve([str(checkpoint), option]) == 2
+    assert complaint in capsys.readouterr().err
+    assert started.children == []
+
+
+def test_the_exporter_starts_when_metrics_are_wanted_and_ends_last(
+    started: Started, checkpoint: Path
+) -> None:
+    cli.serve([str(checkpoint), "--listen=127.0.0.1:0"])
+    assert "exporter" not in [child.name for child in started.children]
+    cli.serve([str(checkpoint), "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"])
+    assert started.children[-1].name == "exporter"
+
+
 def test_keys_are_made_for_their_owner_alone_and_never_over_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +225,63 @@ def test_keys_are_made_for_their_owner_alone_and_never_over_others(
     assert sorted(made) == sorted(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1:0", "127.3.2.1:50051", "[::1]:0", "localhost:50051", "unix:/tmp/s"]
+)
+def test_plaintext_is_for_this_host_alone(started: Started, checkpoint: Path, listen: str) -> None:
+    assert cli.serve([str(checkpoint), f"--listen={listen}"]) == 0
+    assert started.config.listen == listen
+
+
+@pytest.mark.parametrize(
+    "listen", ["0.0.0.0:50051", "[::]:50051", "10.0.0.1:50051", "a-host:50051", ":50051"]
+)
+def test_other_hosts_are_served_with_tls_or_on_purpose_without(
+    started: Started, checkpoint: Path, capsys: pytest.CaptureFixture[str], listen: str
+) -> None:
+    options = [str(checkpoint), f"--listen={listen}"]
+    assert cli.serve(options) == 2
+    assert f"listen is {listen}, which other hosts may reach" in capsys.readouterr().err
+    assert started.children == []
+    assert cli.serve([*options, "--insecure"]) == 0
+    assert cli.serve([*options, "--tls-cert=server.pem", "--tls-key=server.key"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--tls-cert=server.pem"], "tls_key must be given, too"),
+        (["--tls-key=server.key"], "tls_cert must be given, too"),
+        (["--tls-client-ca=ca.pem"], "tls_client_ca needs tls_cert"),
+    ],
+)
+def test_half_of_tls_is_refused(
+    started: Started,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    told: str,
+) -> None:
+    assert cli.serve([str(checkpoint), *options]) == 2
+    assert told in capsys.readouterr().err
+    assert started.children == []
+
+
+def test_a_token_is_told_once_and_its_digest_is_a_line_of_the_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = []
+    for _ in range(2):
+        assert cli.bearer_token([]) == 0
+        told = capsys.readouterr()
+        made.append(told.out.strip())
+        tenant = Tenants.parse(f"[tenants.a]\n{told.err}").with_token(made[-1])
+        assert tenant is not None
+        assert made[-1] not in told.err
+    assert len(set(made)) == 2
+    assert all(len(token) == 43 for token in made)  # 256 bits
+
+
 def test_bad_options_are_refused_with_code_2(
     started: Started,
     checkpoint: Path,
@@ -195,6 +296,7 @@ def test_bad_options_are_refused_with_code_2(
         ([str(tmp_path / "none")], "there is no folder"),
         ([str(tmp_path)], "has no config.json"),
         ([model, "--max-num-requests=0"], "max_num_requests is 0; it must be at least 1"),
+        ([model, "--max-num-requests=8193"], "max_num_requests is 8193; it must be at most 8192"),
         ([model, "--quantize=int4"], "quantize is 'int4'; it must be one of none, nf4, fp4, int8"),
         ([model, "--kv-cache=int8"], "kv_cache is 'int8'; it must be one of auto, fp8"),
         ([model, f"--run-dir={open_dir}"], "has mode 755"),

@@ -89,7 +89,7 @@ async def test_a_server_that_drains_is_alive_and_not_ready() -> None:
     async with followed() as core:
         core.health.set_model(is_there=True)
         await core.until(SERVING, "service")
-        await core.health.drain()
+        core.health.drain()
         for service in ("", "service"):
             await core.until(NOT_SERVING, service)
         await core.until(SERVING)

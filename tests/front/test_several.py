@@ -75,7 +75,7 @@ class Caller:
         try:
             InferenceStub(self.channel).Tokenize(pb.TokenizeRequest(text="x"))
         except grpc.RpcError as error:
-            return "shuts down" in (error.details() or "")
+            return "drains" in (error.details() or "")
         return False
 
     def has_all_tokens(self) -> bool:

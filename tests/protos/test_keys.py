@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import zmq
 import zmq.auth
 
-from tokenloom.wire.keys import KeyFileError, KeyPair, read_key_pair, read_public_key
+from tokenloom.wire.keys import KeyFileError, KeyPair, is_private, read_key_pair, read_public_key
 
 
 @pytest.fixture
@@ -27,12 +29,32 @@ def test_keys_are_those_that_the_library_reads(files: tuple[Path, Path]) -> None
     assert zmq.curve_public(pair.secret) == pair.public
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
+@pytest.mark.parametrize("mode", [0o604, 0o620, 0o660, 0o644, 0o666, 0o610])
 def test_a_secret_that_others_can_read_is_refused(files: tuple[Path, Path], mode: int) -> None:
     _, secret = files
     secret.chmod(mode)
     with pytest.raises(KeyFileError, match=f"has mode {mode:o}; it must be 600"):
         read_key_pair(secret)
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "allowed"),
+    [
+        (1000, 0o600, True),
+        (1000, 0o400, True),
+        (1000, 0o640, False),
+        (1000, 0o440, False),
+        (0, 0o600, True),
+        (0, 0o640, True),  # a secret of Kubernetes for a container with an fsGroup
+        (0, 0o440, True),
+        (0, 0o460, False),
+        (0, 0o644, False),
+        (0, 0o4600, False),
+    ],
+)
+def test_a_group_reads_secrets_of_roots_alone(owner: int, mode: int, allowed: bool) -> None:
+    status = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, owner, 1000, 100, 0, 0, 0))
+    assert is_private(status) == allowed
 
 
 @pytest.mark.parametrize(

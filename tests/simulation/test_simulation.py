@@ -26,7 +26,7 @@ def test_the_worlds_meet_what_they_are_to_judge() -> None:
         world = World(seed)
         world.run()
         ends |= {str(caller.end) for caller in world.callers.values()}
-        num_preemptions += world.state.num_preemptions
+        num_preemptions += world.state.totals.num_preemptions
         num_deaths += world.epoch > 1
         num_innocent_suspects += sum(
             len(caller.deaths) > 1 and caller.end is not None and caller.end.value == "length"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from tokenloom.worker.cli import worker
@@ -45,3 +49,14 @@ def test_tcp_takes_keys_and_nothing_else_does(
 ) -> None:
     assert worker(list(options)) == 2
     assert said in caplog.text
+
+
+def test_a_worker_logs_in_the_form_that_it_is_told() -> None:
+    command = [sys.executable, "-m", "tokenloom.worker", "--connect=tcp://10.0.0.1:5555"]
+    done = subprocess.run(
+        [*command, "--log-format=json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    record = json.loads(done.stderr)
+    assert (record["process"], record["level"]) == ("worker", "error")
+    assert "takes keys" in record["message"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tests.worker.checkpoints import make_checkpoint
 from tests.worker.driver import Driver, configuration
+from tokenloom.worker.loop import Recording
 from tokenloom.worker.options import WorkerOptions
 from tokenloom.worker.profile import ProfiledRunner
 from tokenloom.worker.runner import ModelRunner
@@ -36,24 +38,33 @@ def complete(running: ModelRunner | ProfiledRunner, checkpoint: Path) -> list[li
 
 
 def profiled(folder: Path, *, num_steps: int, num_skipped: int) -> ProfiledRunner:
-    return ProfiledRunner(
-        runner(),
-        folder=folder,
-        num_steps=num_steps,
-        num_skipped=num_skipped,
-        device=torch.device("cpu"),
-    )
+    profiling = ProfiledRunner(runner(), device=torch.device("cpu"))
+    profiling.write(folder, num_steps=num_steps, num_skipped=num_skipped)
+    return profiling
 
 
 def traced_steps(folder: Path) -> list[str]:
     """Returns the ranges of the one trace, in order, after a look for operations."""
     (path,) = folder.iterdir()
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return steps_of(path.read_bytes())
+
+
+def steps_of(trace: bytes) -> list[str]:
+    events = json.loads(gzip.decompress(trace))["traceEvents"]
     assert "aten::linear" in {event.get("name") for event in events}
     steps = {
         event["ts"]: event["name"] for event in events if event.get("cat") == "user_annotation"
     }
     return [steps[start] for start in sorted(steps)]
+
+
+def recorded(profiling: ProfiledRunner) -> Recording:
+    """Waits for what a thread packs."""
+    deadline_s = time.monotonic() + 60
+    while (recording := profiling.take()) is None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    return recording
 
 
 def test_the_steps_asked_for_are_traced_and_tokens_stay_the_same(
@@ -82,3 +93,27 @@ def test_a_trace_that_cannot_be_written_costs_no_request(
     with profiled(tmp_path / "file" / "traces", num_steps=1, num_skipped=0) as profiling:
         assert [len(tokens) for tokens in complete(profiling, checkpoint)] == [NUM_TOKENS] * 2
     assert "the trace cannot be written" in caplog.text
+
+
+def test_steps_are_recorded_on_demand_again_and_again(checkpoint: Path) -> None:
+    with ProfiledRunner(runner(), device=torch.device("cpu")) as profiling:
+        for _ in range(2):
+            profiling.record(3)
+            assert profiling.take() is None
+            complete(profiling, checkpoint)
+            assert len(steps_of(recorded(profiling).data)) == 3
+            assert profiling.take() is None
+
+
+def test_a_recording_beside_another_is_refused_and_one_that_is_forgotten_leaves_nothing(
+    checkpoint: Path,
+) -> None:
+    with ProfiledRunner(runner(), device=torch.device("cpu")) as profiling:
+        profiling.record(1000)
+        complete(profiling, checkpoint)
+        profiling.record(5)
+        assert "traced already" in recorded(profiling).error
+        profiling.record(0)
+        profiling.record(2)
+        complete(profiling, checkpoint)
+        assert len(steps_of(recorded(profiling).data)) == 2

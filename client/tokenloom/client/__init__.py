@@ -3,6 +3,7 @@
 `tokenloom.client.testing` holds a server in memory for tests of code that uses them.
 """
 
+from tokenloom.client.access import TLS
 from tokenloom.client.aio import AsyncClient, AsyncStream
 from tokenloom.client.client import Client, Stream
 from tokenloom.client.errors import (
@@ -21,6 +22,7 @@ from tokenloom.client.errors import (
 from tokenloom.client.requests import Message, Options
 from tokenloom.client.results import (
     Admission,
+    Cost,
     Delta,
     FinishReason,
     Model,
@@ -34,12 +36,14 @@ from tokenloom.client.results import (
 from tokenloom.client.resuming import Resume
 
 __all__ = [
+    "TLS",
     "AccessDenied",
     "Admission",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
     "Client",
+    "Cost",
     "DeadlineExceeded",
     "Delta",
     "FinishReason",

@@ -1,9 +1,9 @@
 """The `tokenloom` command.
 
-`generate`, `chat` and `bench` are its own. Every other command comes from a part that is
-installed beside the client and names it as an entry point of the group
-`tokenloom.commands`: a callable that takes the rest of the command line and
-returns the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
+`generate`, `chat`, `bench`, `top`, `health` and those of `operating.py` are its own. Every other
+command comes from a part that is installed beside the client and names it as an entry point of
+the group `tokenloom.commands`: a callable that takes the rest of the command line and returns
+the exit status. Statuses: 0 done, 1 the call failed, 2 the command line
 is wrong, 130 interrupted.
 """
 
@@ -20,9 +20,13 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
+from tokenloom.client import operating
 from tokenloom.client.chat import ChatSession, describe, interrupt_cancels
 from tokenloom.client.client import Client, Stream
 from tokenloom.client.errors import Cancelled, TokenloomError
+from tokenloom.client.flags import access_of, add_access_options
+from tokenloom.client.grpc_transport import GrpcTransport
+from tokenloom.client.health import health
 from tokenloom.client.requests import Message, Options
 
 _GROUP = "tokenloom.commands"
@@ -31,6 +35,7 @@ _KNOWN = {
     "serve": ("scheduler", "python -m tokenloom.scheduler serve"),
     "scheduler": ("scheduler", "python -m tokenloom.scheduler scheduler"),
     "keys": ("scheduler", "python -m tokenloom.scheduler keys"),
+    "bearer-token": ("scheduler", "python -m tokenloom.scheduler bearer-token"),
     "worker": ("worker", "python -m tokenloom.worker"),
     "plan": ("worker", "python -m tokenloom.worker.plan"),
     "quantize": ("worker", "python -m tokenloom.worker.saving"),
@@ -45,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": generate,
         "chat": chat,
         "bench": bench,
+        "top": top,
+        "health": health,
+        **operating.COMMANDS,
     }
     if not arguments:
         print(_overview(), file=sys.stderr)
@@ -78,7 +86,7 @@ def generate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     try:
-        with Client(args.target) as client:
+        with _client(args) as client:
             options = _options(args)
             if args.chat:
                 messages = [Message("user", prompt)]
@@ -113,7 +121,7 @@ def chat(argv: list[str]) -> int:
     _add_options(parser)
     args = parser.parse_args(argv)
     try:
-        with Client(args.target) as client:
+        with _client(args) as client:
             session = ChatSession(
                 client,
                 target=args.target,
@@ -125,6 +133,8 @@ def chat(argv: list[str]) -> int:
     except TokenloomError as error:
         print(f"tokenloom: {describe(error, args.target)}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def bench(argv: list[str]) -> int:
@@ -132,6 +142,18 @@ def bench(argv: list[str]) -> int:
     from tokenloom.client.bench.cli import main as run
 
     return run(argv)
+
+
+def top(argv: list[str]) -> int:
+    """`tokenloom top TARGET…`: what replicas are busy with, live."""
+    from tokenloom.client.top.cli import main as run
+
+    return run(argv)
+
+
+def _client(args: argparse.Namespace) -> Client:
+    """Returns a client of the target. Raises ValueError."""
+    return Client(GrpcTransport(args.target, access=access_of(args)))
 
 
 def _print_stream(stream: Stream, *, as_json: bool) -> None:
@@ -171,6 +193,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout-s", type=float, help="seconds an answer may take (default: no limit)"
     )
+    add_access_options(parser)
     group = parser.add_argument_group(
         "how to answer", "an option that is left out is not sent; the server's default applies"
     )
@@ -227,6 +250,11 @@ def _overview() -> str:
         "  generate   complete a prompt and print the text as it comes",
         "  chat       chat with the served model",
         "  bench      load a server and report what its clients see",
+        "  top        watch what replicas are busy with",
+        "  health     ask a server whether it serves, for probes",
+        "  drain      let a server finish what it has and take nothing new",
+        "  abort      end one request",
+        "  profile    record what the workers do in the next steps",
     ]
     installed = _installed_commands()
     for name, entry in sorted(installed.items()):
@@ -242,7 +270,8 @@ def _overview() -> str:
 def _missing(name: str) -> str:
     """Returns what to do about a command that is not there."""
     if name not in _KNOWN:
-        known = ", ".join(sorted({"generate", "chat", "bench", *_KNOWN, *_installed_commands()}))
+        own = ("generate", "chat", "bench", "top", "health", *operating.COMMANDS)
+        known = ", ".join(sorted({*own, *_KNOWN, *_installed_commands()}))
         return f"there is no command {name!r}; there are {known}"
     part, command = _KNOWN[name]
     if importlib.util.find_spec(f"tokenloom.{part}") is not None:

@@ -17,6 +17,7 @@ from tokenloom.client.results import (
     Result,
     TokenLogprob,
     read_admission,
+    read_cost,
     read_delta,
     read_pause,
     read_usage,
@@ -74,6 +75,7 @@ class Completion:
             usage=read_usage(finish.usage),
             request_id=self.admission.request_id,
             seed=self.admission.seed,
+            cost=read_cost(finish.cost) if finish.HasField("cost") else None,
         )
 
     def _admit(self, message: pb.Admission) -> None:

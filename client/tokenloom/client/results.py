@@ -98,6 +98,21 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a request took of the server that ended it."""
+
+    gpu_s: float
+    """Its share of each step that it was in, in seconds of one GPU."""
+    kv_block_s: float
+    """Blocks of the KV cache times how long it held them; of a shared one, its part."""
+    num_recomputed_tokens: int = 0
+    """Computed again after a preemption or the loss of a worker."""
+    num_preemptions: int = 0
+    price: float | None = None
+    """In the currency of the server's operator; None: the server knows no price."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """A whole completion."""
 
@@ -113,6 +128,8 @@ class Result:
     usage: Usage
     request_id: str
     seed: int
+    cost: Cost | None = None
+    """None: the server did not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +205,17 @@ def read_usage(message: pb.Usage) -> Usage:
         queue_s=message.queue_s if message.HasField("queue_s") else None,
         prefill_s=message.prefill_s if message.HasField("prefill_s") else None,
         decode_s=message.decode_s if message.HasField("decode_s") else None,
+    )
+
+
+def read_cost(message: pb.Cost) -> Cost:
+    """Returns the dataclass of a message."""
+    return Cost(
+        gpu_s=message.gpu_s,
+        kv_block_s=message.kv_block_s,
+        num_recomputed_tokens=message.num_recomputed_tokens,
+        num_preemptions=message.num_preemptions,
+        price=message.price if message.HasField("price") else None,
     )
 
 

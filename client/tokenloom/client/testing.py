@@ -34,6 +34,7 @@ from tokenloom.client.results import (
     FINISH_REASONS,
     PAUSE_REASONS,
     Admission,
+    Cost,
     Delta,
     FinishReason,
     Model,
@@ -77,6 +78,8 @@ class Answer:
     stop_string: str | None = None
     usage: Usage | None = None
     """None: counted from what was sent."""
+    cost: Cost | None = None
+    """None: the server does not say."""
 
 
 FAKE_MODEL = Model(
@@ -97,9 +100,12 @@ _Script: TypeAlias = Iterator[pb.GenerateResponse | Wait]
 class FakeCall:
     """A Generate call that the server received, and how far it came."""
 
-    def __init__(self, request: pb.GenerateRequest, timeout_s: float | None) -> None:
+    def __init__(
+        self, request: pb.GenerateRequest, timeout_s: float | None, session: str | None
+    ) -> None:
         self.request = request
         self.timeout_s = timeout_s
+        self.session = session
         self.num_sent_deltas = 0
         self.ended = False
         """Whether the server sent all, or an error."""
@@ -121,15 +127,17 @@ class FakeServer:
         self._respond = respond
         self._model = model
 
-    def generate(self, request: pb.GenerateRequest, *, timeout_s: float | None) -> _FakeStream:
+    def generate(
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
+    ) -> _FakeStream:
         """Starts the answer to a request."""
-        return _FakeStream(*self._start(request, timeout_s))
+        return _FakeStream(*self._start(FakeCall(request, timeout_s, session)))
 
     def generate_async(
-        self, request: pb.GenerateRequest, *, timeout_s: float | None
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
     ) -> _AsyncFakeStream:
         """Starts the answer to a request."""
-        return _AsyncFakeStream(*self._start(request, timeout_s))
+        return _AsyncFakeStream(*self._start(FakeCall(request, timeout_s, session)))
 
     def tokenize(
         self,
@@ -204,12 +212,9 @@ class FakeServer:
     async def close_async(self) -> None:
         """Leaves the server as it is."""
 
-    def _start(
-        self, request: pb.GenerateRequest, timeout_s: float | None
-    ) -> tuple[FakeCall, _Script]:
-        call = FakeCall(request, timeout_s)
+    def _start(self, call: FakeCall) -> tuple[FakeCall, _Script]:
         self.calls.append(call)
-        answer = self._respond(request)
+        answer = self._respond(call.request)
         return call, _play(call, answer, request_id=f"fake-{len(self.calls)}")
 
 
@@ -379,4 +384,15 @@ def _encode_finish(reason: FinishReason, answer: Answer, usage: Usage) -> pb.Fin
             prefill_s=usage.prefill_s,
             decode_s=usage.decode_s,
         ),
+        cost=None if answer.cost is None else _encode_cost(answer.cost),
+    )
+
+
+def _encode_cost(cost: Cost) -> pb.Cost:
+    return pb.Cost(
+        gpu_s=cost.gpu_s,
+        kv_block_s=cost.kv_block_s,
+        num_recomputed_tokens=cost.num_recomputed_tokens,
+        num_preemptions=cost.num_preemptions,
+        price=cost.price,
     )

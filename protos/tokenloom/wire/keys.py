@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,17 +39,33 @@ def read_public_key(path: Path) -> bytes:
 
 
 def read_key_pair(path: Path) -> KeyPair:
-    """Returns both keys out of a file that nobody but its owner can read. Raises KeyFileError."""
+    """Returns both keys out of a file that `is_private`. Raises KeyFileError."""
     text = _read(path, is_secret=True)
     return KeyPair(public=_key(path, text, "public"), secret=_key(path, text, "secret"))
+
+
+def is_private(status: os.stat_result) -> bool:
+    """Returns whether a file can hold a secret: nobody but its owner has any right to it.
+
+    A file of root's may be readable by its group, too. That is how a container that does not run
+    as root gets a secret from Kubernetes (`fsGroup`, mode 440 or 640).
+    """
+    allowed = 0o740 if status.st_uid == 0 else 0o700
+    return not stat.S_IMODE(status.st_mode) & ~allowed
+
+
+def mode_told(status: os.stat_result) -> str:
+    """Returns what is wrong with a file that is not private, as the end of a sentence."""
+    mode = stat.S_IMODE(status.st_mode)
+    return f"has mode {mode:o}; it must be 600, or 640 if it is root's"
 
 
 def _read(path: Path, *, is_secret: bool = False) -> str:
     try:
         with path.open(encoding="utf-8") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
-            if is_secret and mode & 0o077:
-                raise KeyFileError(f"{path} is a secret and has mode {mode:o}; it must be 600")
+            status = os.fstat(file.fileno())
+            if is_secret and not is_private(status):
+                raise KeyFileError(f"{path} is a secret and {mode_told(status)}")
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"the keys in {path} cannot be read: {error}") from error

@@ -7,6 +7,8 @@
       │ ── Ready ───────────────────▶ │   what I can hold
       │ ◀──────────────────── Step ── │   the same to all ranks; two may be in flight
       │ ── StepDone ────────────────▶ │   from rank 0 alone, in the order of the steps
+      │ ◀───────────────── Profile ── │   now and then: record the next steps
+      │ ── Trace … ─────────────────▶ │   what was recorded, in pieces, from each rank
       │ ◀──────────────── Shutdown ── │
 
 A message is a msgspec struct, array-like and tagged, so a frame is a compact
@@ -21,7 +23,10 @@ from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
+
+MAX_NUM_REQUESTS = 8192
+"""Slots that a worker can have: its kernels are compiled for steps of up to so many spans."""
 
 
 class _Message(
@@ -63,7 +68,7 @@ class Configure(_Message, frozen=True):
     max_model_tokens: int | None
     """Longest prompt + completion; None: what the checkpoint's config allows."""
     max_num_requests: int
-    """Slots of the persistent batch."""
+    """Slots of the persistent batch, at most MAX_NUM_REQUESTS."""
     max_step_tokens: int | None
     """The most tokens that one step computes; None: what suits the device."""
 
@@ -201,9 +206,31 @@ class StepDone(_Message, frozen=True):
     """Seconds that the step took on the device."""
 
 
+class Profile(_Message, frozen=True):
+    """The worker records the steps that it launches from now on."""
+
+    epoch: int
+    number: int
+    """Names the recording."""
+    num_steps: int
+    """0: what is being recorded is forgotten."""
+
+
+class Trace(_Message, frozen=True):
+    """The next piece of a recording: a gzip file in Chrome's trace event format."""
+
+    epoch: int
+    number: int
+    """Profile's."""
+    data: bytes
+    is_last: bool
+    error: str = ""
+    """Why there is none; then the piece is empty and the last."""
+
+
 class Shutdown(_Message, frozen=True):
     """The worker finishes what is in flight and exits with 0."""
 
 
-ToWorker: TypeAlias = Configure | Step | Shutdown
-ToCore: TypeAlias = Hello | Progress | Ready | Failed | StepDone
+ToWorker: TypeAlias = Configure | Step | Profile | Shutdown
+ToCore: TypeAlias = Hello | Progress | Ready | Failed | StepDone | Trace

@@ -1,18 +1,23 @@
-"""`python -m tokenloom.scheduler serve|scheduler|keys …`, where no command is installed."""
+"""`python -m tokenloom.scheduler COMMAND …`, where no command is installed."""
 
 from __future__ import annotations
 
 import sys
 
-from tokenloom.scheduler.cli import keys, scheduler, serve
+from tokenloom.scheduler.cli import bearer_token, keys, scheduler, serve
 
 
 def main(argv: list[str]) -> int:
     """Runs one of the commands. Returns the exit code."""
-    commands = {"serve": serve, "scheduler": scheduler, "keys": keys}
+    commands = {
+        "serve": serve,
+        "scheduler": scheduler,
+        "keys": keys,
+        "bearer-token": bearer_token,
+    }
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
-    sys.stderr.write("usage: python -m tokenloom.scheduler {serve,scheduler,keys} [-h] ...\n")
+    sys.stderr.write(f"usage: python -m tokenloom.scheduler {{{','.join(commands)}}} [-h] ...\n")
     return 2
 
 

@@ -1,4 +1,4 @@
-"""The commands `tokenloom serve`, `tokenloom scheduler` and `tokenloom keys`.
+"""The commands `tokenloom serve`, `scheduler`, `keys` and `bearer-token`.
 
 Nothing heavy is imported here: `--help` answers at once, and the processes
 that need gRPC, ZeroMQ or torch are started as such.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.ports import shared_port
 from tokenloom.scheduler.supervise import Child, Restart, supervise
+from tokenloom.wire.logs import add_log_options, set_up_logs
 
 _MAX_SOCKET_PATH_BYTES = 107
 """What Linux takes as the path of a Unix socket."""
@@ -32,6 +32,19 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _DEFAULTS = {field.name: field.default for field in fields(SchedulerConfig)}
 _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("listen", str, "address of the gRPC server: HOST:PORT (port 0: a free one) or unix:PATH"),
+    (
+        "admin_listen",
+        str,
+        "address of the operators' service, on this host or unix:PATH (default: there is none)",
+    ),
+    (
+        "tls_cert",
+        str,
+        "file of the server's certificate chain (PEM); with it the server speaks TLS",
+    ),
+    ("tls_key", str, "file of its key"),
+    ("tls_client_ca", str, "file of CAs; with it every client must show a certificate of theirs"),
+    ("tenants", str, "TOML file of those who may call; docs/operations.md has its form"),
     ("num_fronts", int, "processes that speak gRPC; connections to the port are spread over them"),
     ("served_name", str, "name told to clients (default: the last part of MODEL)"),
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),
@@ -82,6 +95,13 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ),
     ("max_crashes", int, "losses of workers that are made good; one more ends the server"),
     ("crash_window_s", float, "seconds within which they count"),
+    ("metrics_listen", str, "where Prometheus finds metrics: HOST:PORT (default: nowhere)"),
+    ("gpu_hour_price", float, "what an hour of one GPU costs; then costs have a price"),
+    (
+        "otlp_endpoint",
+        str,
+        "where spans go, such as http://localhost:4317 (default: where OTEL_… variables say)",
+    ),
 )
 _OTHER_HOSTS_OPTIONS = (
     ("workers_listen", "tcp://HOST:PORT", "where workers of other hosts join, encrypted by CURVE"),
@@ -136,8 +156,11 @@ def serve(argv: Sequence[str]) -> int:
     ]
     if args.no_cuda_graphs:
         worker_options.append("--no-cuda-graphs")
-    if args.spin_us is not None:
-        worker_options.append(f"--spin-us={args.spin_us}")
+    worker_options += [
+        f"{_flag(name)}={getattr(args, name)}"
+        for name in ("spin_us", "log_format", "log_level")
+        if getattr(args, name) != _DEFAULTS[name]
+    ]
     try:
         devices = _devices(args.device, args.tensor_parallel)
     except ConfigError as error:
@@ -187,6 +210,22 @@ def keys(argv: Sequence[str]) -> int:
     return 0
 
 
+def bearer_token(argv: Sequence[str]) -> int:
+    """Makes a bearer token, and what the tenants file has of it. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="tokenloom bearer-token",
+        description="Makes a random bearer token: prints it on standard output, and on standard "
+        "error its line for the tenants file, from which nobody can tell the token.",
+    )
+    parser.parse_args(argv)
+    from tokenloom.scheduler.tenants import digest_of_token, new_token
+
+    made = new_token()
+    print(made)
+    sys.stderr.write(f'token_sha256 = ["{digest_of_token(made)}"]\n')
+    return 0
+
+
 def _devices(given: str | None, num_workers: int) -> list[list[str]]:
     """Returns the option that tells each worker its device. Raises ConfigError."""
     if num_workers <= 1 or given == "cpu":
@@ -223,6 +262,7 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             _flag(name), type=kind, default=_DEFAULTS[name], metavar=name.upper(), help=text
         )
+    add_log_options(parser)
     parser.add_argument(
         "--quantize-lm-head",
         action="store_true",
@@ -234,13 +274,16 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["prefix_cache"],
         help="keep blocks of finished requests and find them again",
     )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen without TLS where other hosts reach it; meant for networks that encrypt",
+    )
 
 
 def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]], *, stand_by: bool) -> int:
     """Runs the scheduler, and a worker with each of the given options."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s", stream=sys.stderr
-    )
+    set_up_logs("serve", form=args.log_format, level=args.log_level)
     try:
         _check_model(args.model)
         with ExitStack() as held:
@@ -252,11 +295,15 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]], *, stand_by
                 run_dir=run_dir,
                 quantize_lm_head=args.quantize_lm_head,
                 prefix_cache=args.prefix_cache,
+                log_format=args.log_format,
+                log_level=args.log_level,
+                insecure=args.insecure,
                 **given,
             )
             if config.num_fronts > 1:
                 listen = held.enter_context(shared_port(config.listen))
                 config = replace(config, listen=listen)
+            _make_metrics_dir(Path(config.metrics_dir))
             python = (sys.executable, "-m", "tokenloom.worker")
             connect = f"--connect={config.worker_endpoint}"
             commands = [(*python, connect, *each) for each in workers]
@@ -280,6 +327,14 @@ def stages(
         )
         for number in range(1, config.num_fronts + 1)
     ]
+    if config.admin_listen:
+        admin = Child(
+            name="admin",
+            argv=(*python, "tokenloom.scheduler.admin", config.to_json()),
+            stop_s=_STOP_S,
+            restart=Restart.ALONE,
+        )
+        fronts.append(admin)
     core = Child(
         name="core",
         argv=(*python, "tokenloom.scheduler.core", config.to_json()),
@@ -296,7 +351,13 @@ def stages(
         )
         for number, argv in enumerate(workers, start=1)
     ]
-    return [fronts, [core], ranks]
+    exporter = Child(
+        name="exporter",
+        argv=(*python, "tokenloom.scheduler.exporter", config.to_json()),
+        stop_s=_STOP_S,
+        restart=Restart.ALONE,
+    )
+    return [fronts, [core], ranks, [exporter] if config.metrics_listen else []]
 
 
 def _check_model(model: str) -> None:
@@ -335,6 +396,13 @@ def _run_dir(given: str | None) -> Iterator[str]:
             f"at most {_MAX_SOCKET_PATH_BYTES} work"
         )
     yield str(folder)
+
+
+def _make_metrics_dir(folder: Path) -> None:
+    """Makes the folder where processes write what they measure, without what others left there."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def _refuse(message: str) -> int:

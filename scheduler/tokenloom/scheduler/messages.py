@@ -10,6 +10,15 @@
       │ ◀────────────────────── Pulse ─── │
       │ ◀─────────────────────── Load ─── │   when it changes, and each second
 
+    operators' process                   core
+      │ ── Attach, serves=False ────────▶ │   hears of model and load as a front does
+      │ ── Drain ───────────────────────▶ │   all fronts hear Draining
+      │ ◀──────────────────── Drained ─── │   once no request is left
+      │ ── AbortNamed ──────────────────▶ │
+      │ ◀──────────────────── Aborted ─── │
+      │ ── Profile ─────────────────────▶ │   each rank records its next steps
+      │ ◀────────────────── TraceData ─── │   from each rank, in pieces
+
 A front names its streams by integers of its own choice, unique in its life.
 For every Submit the core answers with exactly one of: Refused; or Admitted,
 any number of tokens, then Finished (a request that ends while it waits is
@@ -73,12 +82,16 @@ class RefusalReason(StrEnum):
     """By the time that it would have something useful its deadline will have passed."""
     TENANT_LIMIT = "tenant_limit"
     """The tenant has as many requests, or had as many tokens, as it may."""
+    DRAINING = "draining"
+    """An operator lets the running requests finish and takes no others."""
 
 
 class Attach(_Message, frozen=True):
     """A front begins to speak. Its ZeroMQ identity names it."""
 
     pid: int
+    serves: bool = True
+    """Whether it has streams; the operators' process has none."""
 
 
 class Submit(_Message, frozen=True):
@@ -101,6 +114,8 @@ class Submit(_Message, frozen=True):
     """Among the requests of its tenant: those with a larger one go first."""
     timeout_s: float | None = None
     """What was left of the caller's deadline when the front sent this."""
+    request_id: str = ""
+    """What the caller and operators name it by: Admission.request_id."""
 
 
 class Abort(_Message, frozen=True):
@@ -128,6 +143,27 @@ class Commands(_Message, frozen=True):
     """All that came up in a front since its last message."""
 
     commands: tuple[Submit | Abort | Stop | Inspect | Ping, ...]
+
+
+class Drain(_Message, frozen=True):
+    """An operator wants no new requests from now on, and to hear when none is left."""
+
+    ends: bool
+    """Whether those that are left are not waited for."""
+
+
+class AbortNamed(_Message, frozen=True):
+    """An operator ends a request, whoever's it is."""
+
+    request_id: str
+
+
+class Profile(_Message, frozen=True):
+    """An operator wants the next steps recorded; 0 forgets a recording under way."""
+
+    number: int
+    """Names the recording."""
+    num_steps: int
 
 
 class ModelReady(_Message, frozen=True):
@@ -189,6 +225,10 @@ class Finished(_Message, frozen=True):
     """Positions computed again after a preemption or the loss of a worker."""
     num_preemptions: int = 0
 
+    def price(self, gpu_hour_price: float | None) -> float | None:
+        """Returns what `gpu_s` costs, if an hour of a GPU has a price."""
+        return None if gpu_hour_price is None else self.gpu_s / 3600 * gpu_hour_price
+
 
 class Outputs(_Message, frozen=True):
     """What a step, or a batch of commands, brought the streams of one front.
@@ -206,6 +246,8 @@ class Outputs(_Message, frozen=True):
     logprobs: tuple[TokenLogprobs, ...]
     """`row` is an index into `tokens`."""
     finished: tuple[Finished, ...]
+    preempted: tuple[int, ...] = ()
+    """Streams whose requests lost their slots and wait again."""
 
 
 class Pulse(_Message, frozen=True):
@@ -267,8 +309,52 @@ class Inspection(_Message, frozen=True):
     """What `check()` found wrong; empty is right."""
 
 
-FromFront: TypeAlias = Attach | Commands
-ToFront: TypeAlias = ModelReady | ModelLost | Outputs | Pulse | Load | Inspection
+class Draining(_Message, frozen=True):
+    """To fronts: take no new requests from now on."""
+
+    ends: bool
+    """Whether the streams that are left end now."""
+
+
+class Drained(_Message, frozen=True):
+    """To who asked for it: no request is left."""
+
+    num_ended: int
+    """How many were left when they were not waited for any longer."""
+
+
+class Aborted(_Message, frozen=True):
+    """The answer to AbortNamed."""
+
+    request_id: str
+    was_found: bool
+
+
+class TraceData(_Message, frozen=True):
+    """The next piece of what a rank recorded."""
+
+    number: int
+    """Profile's."""
+    rank: int
+    data: bytes
+    is_last: bool
+    error: str = ""
+    """Why there is none; then the piece is empty and the last."""
+
+
+FromFront: TypeAlias = Attach | Commands | Drain | AbortNamed | Profile
+ToFront: TypeAlias = (
+    ModelReady
+    | ModelLost
+    | Outputs
+    | Pulse
+    | Load
+    | Inspection
+    | Draining
+    | Drained
+    | Aborted
+    | TraceData
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_front: msgspec.msgpack.Decoder[FromFront] = msgspec.msgpack.Decoder(FromFront)

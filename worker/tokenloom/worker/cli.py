@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenloom.wire.logs import add_log_options, set_up_logs
 from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError
 from tokenloom.worker.kernel_cache import keep_kernels
 from tokenloom.worker.link import add_link_options, core_address
-from tokenloom.worker.loop import EXIT_LOAD_FAILED, Runner, serve
+from tokenloom.worker.loop import EXIT_LOAD_FAILED, serve
 from tokenloom.worker.options import (
     ATTENTION_NAMES,
     CPU_KV_CACHE,
@@ -35,6 +34,7 @@ from tokenloom.worker.phases import Phases
 from tokenloom.worker.standby import stand_by
 
 if TYPE_CHECKING:
+    from tokenloom.worker.profile import ProfiledRunner
     from tokenloom.worker.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
@@ -47,9 +47,7 @@ def worker(argv: list[str] | None = None) -> int:
     used or an option is wrong; 1 if something else failed in loading or in a step.
     """
     args = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s", stream=sys.stderr
-    )
+    set_up_logs("worker", form=args.log_format, level=args.log_level)
     start_s = process_start_s()
     if args.standby:
         if not stand_by():
@@ -74,6 +72,7 @@ def worker(argv: list[str] | None = None) -> int:
     with _profiled(runner, args) as serving:
         return serve(
             serving,
+            recorder=serving,
             core=core,
             device=str(runner.device),
             address=runner.address,
@@ -94,19 +93,14 @@ def _runner(options: WorkerOptions, phases: Phases, cpu_threads: int) -> ModelRu
     return ModelRunner(options)
 
 
-def _profiled(runner: ModelRunner, args: argparse.Namespace) -> AbstractContextManager[Runner]:
-    """Returns the runner, profiled if that is asked for."""
-    if args.profile is None:
-        return nullcontext(runner)
+def _profiled(runner: ModelRunner, args: argparse.Namespace) -> ProfiledRunner:
+    """Returns the runner with what can trace its steps, from the first on if that is asked for."""
     from tokenloom.worker.profile import ProfiledRunner
 
-    return ProfiledRunner(
-        runner,
-        folder=args.profile,
-        num_steps=args.profile_steps,
-        num_skipped=args.profile_skip,
-        device=runner.device,
-    )
+    serving = ProfiledRunner(runner, device=runner.device)
+    if args.profile is not None:
+        serving.write(args.profile, num_steps=args.profile_steps, num_skipped=args.profile_skip)
+    return serving
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -124,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     add_link_options(parser)
+    add_log_options(parser)
     parser.add_argument(
         "--host",
         metavar="HOST",

@@ -26,6 +26,7 @@ for each other in each step.
 from __future__ import annotations
 
 import argparse
+import gzip
 import logging
 import os
 import signal
@@ -38,12 +39,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tokenloom.wire.logs import add_log_options, set_up_logs
 from tokenloom.wire.messages import Configure, Ready, SamplingParams, Step, StepDone, TokenLogprobs
 from tokenloom.wire.started import process_start_s
 from tokenloom.worker.errors import LoadError, ProtocolError, WorkerError
 from tokenloom.worker.fake_ranks import FakeRanks
 from tokenloom.worker.link import add_link_options, core_address
-from tokenloom.worker.loop import EXIT_LOAD_FAILED, serve
+from tokenloom.worker.loop import EXIT_LOAD_FAILED, Recording, serve
 from tokenloom.worker.phases import Phases
 from tokenloom.worker.steps.slots import Changes, Int32Array, Limits, Slots
 
@@ -449,6 +451,20 @@ class _FakeRunner:
         self._ranks = ranks
         self._rank = 0
         self._busy_until_s = 0.0
+        self._num_to_record = 0
+        self._recorded: list[dict[str, object]] = []
+
+    def record(self, num_steps: int) -> None:
+        """Notes when steps begin, in place of a profiler."""
+        self._num_to_record = num_steps
+        self._recorded = []
+
+    def take(self) -> Recording | None:
+        """Returns the notes once there are enough."""
+        if not self._recorded or self._num_to_record:
+            return None
+        events, self._recorded = self._recorded, []
+        return Recording(data=gzip.compress(msgspec.json.encode({"traceEvents": events})))
 
     def configure(self, configure: Configure, report: Callable[[str, float], None]) -> Ready:
         report("pretending to load", 0.0)
@@ -465,6 +481,8 @@ class _FakeRunner:
     def launch(self, step: Step) -> _FakePending:
         step_s = self._options.step_s
         self._busy_until_s = max(self._busy_until_s, time.monotonic()) + step_s
+        if self._num_to_record:
+            self._note(step)
         try:
             done = msgspec.structs.replace(self._model.step(step), compute_s=step_s)
         except FakeCrash:
@@ -472,6 +490,20 @@ class _FakeRunner:
                 _crash(self._options.crash)
             done = _nothing(step)  # it will wait in vain for the rank that crashed
         return _FakePending(done=done, due_s=self._busy_until_s, ranks=self._ranks)
+
+    def _note(self, step: Step) -> None:
+        step_us = 1e6 * self._options.step_s
+        self._recorded.append(
+            {
+                "name": f"step {step.step_id}",
+                "ph": "X",
+                "ts": 1e6 * self._busy_until_s - step_us,
+                "dur": step_us,
+                "pid": os.getpid(),
+                "tid": self._rank,
+            }
+        )
+        self._num_to_record -= 1
 
 
 def _nothing(step: Step) -> StepDone:
@@ -503,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the fake worker's process; returns its exit code."""
     args = _parser().parse_args(argv)
     phases = Phases("imports", process_start_s())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    set_up_logs("worker", form=args.log_format, level=args.log_level)
     config = FakeConfig(**{name: getattr(args, name) for name, _ in _CONFIG_OPTIONS})
     options = FakeOptions(
         step_s=args.step_ms / 1000,
@@ -517,8 +549,10 @@ def main(argv: list[str] | None = None) -> int:
         _log.error("%s", error)
         return EXIT_LOAD_FAILED
     ranks = FakeRanks()
+    runner = _FakeRunner(config, options, ranks)
     return serve(
-        _FakeRunner(config, options, ranks),
+        runner,
+        recorder=runner,
         core=core,
         device="fake",
         address=ranks.address,
@@ -546,6 +580,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_link_options(parser)
+    add_log_options(parser)
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a step")
     parser.add_argument("--load-s", type=float, default=0.0, help="time of loading")
     parser.add_argument(

@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 import msgspec
@@ -24,11 +25,13 @@ from tokenloom.wire.messages import (
     Configure,
     Failed,
     Hello,
+    Profile,
     Progress,
     Ready,
     Shutdown,
     Step,
     StepDone,
+    Trace,
 )
 from tokenloom.wire.spin import Spin
 from tokenloom.worker.errors import LinkError, LoadError
@@ -48,6 +51,9 @@ EXIT_LOAD_FAILED = 2
 """No start will help: an option, a key or the checkpoint cannot be used."""
 
 HELLO_INTERVAL_S = 1.0
+MAX_TRACE_BYTES = 64 * 1024 * 1024
+"""A larger recording is not sent: some hundred steps of a large model are smaller."""
+_PIECE_BYTES = 256 * 1024
 _FAILED_LINGER_MS = 2000
 """How long the last word of a failing worker may take to leave."""
 
@@ -78,9 +84,28 @@ class Runner(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """Recorded steps as a gzip file in Chrome's trace event format, or why there is none."""
+
+    data: bytes = b""
+    error: str = ""
+
+
+class Recorder(Protocol):
+    """What can record the steps of the runner. All calls come from its thread."""
+
+    def record(self, num_steps: int) -> None:
+        """Records steps from the next one on; 0 forgets what is being recorded."""
+
+    def take(self) -> Recording | None:
+        """Returns what was recorded, once it is whole; None: there is nothing yet."""
+
+
 def serve(
     runner: Runner,
     *,
+    recorder: Recorder | None = None,
     core: CoreAddress,
     device: str,
     address: str = "",
@@ -89,6 +114,7 @@ def serve(
 ) -> int:
     """Speaks with the core until Shutdown, SIGTERM or an error.
 
+    `recorder` answers who wants to see steps; without one there is nothing to see.
     `address` is where this process listens for other ranks; without one it can serve alone.
     `phases` are those of the start; the core gets them with the first Ready.
     While results follow each other within `spin_us` it does not sleep; None: as the host allows.
@@ -108,7 +134,8 @@ def serve(
         hello = Hello(
             protocol_version=PROTOCOL_VERSION, pid=os.getpid(), device=device, address=address
         )
-        code = _Conversation(link, runner, phases, Spin(spin_us), hello).run()
+        recordings = _Recordings(link, recorder)
+        code = _Conversation(link, runner, recordings, phases, Spin(spin_us), hello).run()
         linger_ms = _FAILED_LINGER_MS
     except LinkError as error:
         code = _refused(error)
@@ -126,10 +153,17 @@ def _refused(error: LinkError) -> int:
 
 class _Conversation:
     def __init__(
-        self, link: Link, runner: Runner, phases: Phases, spin: Spin, hello: Hello
+        self,
+        link: Link,
+        runner: Runner,
+        recordings: _Recordings,
+        phases: Phases,
+        spin: Spin,
+        hello: Hello,
     ) -> None:
         self._link = link
         self._runner = runner
+        self._recordings = recordings
         self._phases: Phases | None = phases
         """Until the first epoch is ready."""
         self._spin = spin
@@ -146,6 +180,7 @@ class _Conversation:
             failure = self._send_results()
             if failure is not None:
                 return failure
+            self._recordings.send_piece()
             message = self._link.receive()
             match message:
                 case None:
@@ -155,6 +190,9 @@ class _Conversation:
                     failure = self._configure(message)
                 case Step():
                     failure = self._launch(message)
+                case Profile():
+                    if message.epoch == self._epoch:
+                        self._recordings.begin(message)
                 case Shutdown():
                     return self._send_results(wait=True) or EXIT_OK
                 case _:
@@ -164,7 +202,7 @@ class _Conversation:
 
     def _idle(self) -> None:
         """Waits for a frame or a result, and for a core while there is none."""
-        if self._spin.goes_on():
+        if self._spin.goes_on() or self._recordings.has_more:
             return
         if self._link.take_disconnections() and self._epoch is not None:
             _log.warning("the core is gone; waiting for another")
@@ -193,6 +231,7 @@ class _Conversation:
             self._link.drop(f"Configure of epoch {configure.epoch} in epoch {self._epoch}")
             return None
         self._pending.clear()
+        self._recordings.forget()
         epoch = configure.epoch
         phases = self._phases or Phases("configuring", time.monotonic())
 
@@ -246,6 +285,67 @@ class _Conversation:
         _log.error("epoch %d cannot go on", epoch, exc_info=error)
         self._link.send(Failed(epoch=epoch, error=f"{type(error).__name__}: {error}"))
         return code
+
+
+class _Recordings:
+    """What was recorded, on its way to the core: a piece a turn, for results go first."""
+
+    def __init__(self, link: Link, recorder: Recorder | None) -> None:
+        self._link = link
+        self._recorder = recorder
+        self._asked = Profile(epoch=0, number=0, num_steps=0)
+        self._is_wanted = False
+        self._pieces: deque[Trace] = deque()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is a piece to send."""
+        return bool(self._pieces)
+
+    def begin(self, profile: Profile) -> None:
+        """Records steps, or no longer."""
+        self._pieces.clear()
+        self._asked = profile
+        if self._recorder is None:
+            unable = Recording(error="this worker cannot record its steps")
+            self._pieces.extend(_pieces(profile, unable))
+            return
+        self._recorder.record(profile.num_steps)
+        self._is_wanted = profile.num_steps > 0
+
+    def forget(self) -> None:
+        """Another epoch: nobody waits for this any more."""
+        self._pieces.clear()
+        if self._recorder is not None and self._is_wanted:
+            self._recorder.record(0)
+        self._is_wanted = False
+
+    def send_piece(self) -> None:
+        """Sends the next piece, if there is one."""
+        if self._is_wanted and self._recorder is not None:
+            recording = self._recorder.take()
+            if recording is not None:
+                self._is_wanted = False
+                self._pieces.extend(_pieces(self._asked, recording))
+        if self._pieces:
+            self._link.send(self._pieces.popleft())
+
+
+def _pieces(asked: Profile, recording: Recording) -> list[Trace]:
+    def piece(data: bytes, *, is_last: bool, error: str = "") -> Trace:
+        return Trace(
+            epoch=asked.epoch, number=asked.number, data=data, is_last=is_last, error=error
+        )
+
+    data, error = recording.data, recording.error
+    if len(data) > MAX_TRACE_BYTES:
+        error = f"the trace has {len(data)} bytes; at most {MAX_TRACE_BYTES} are sent"
+    if error:
+        return [piece(b"", is_last=True, error=error)]
+    return [
+        piece(data[start : start + _PIECE_BYTES], is_last=start + _PIECE_BYTES >= len(data))
+        for start in range(0, len(data), _PIECE_BYTES)
+    ]
 
 
 def _exit_at_once(_signal: int, _frame: FrameType | None) -> None:

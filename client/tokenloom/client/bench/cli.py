@@ -40,6 +40,8 @@ from tokenloom.client.bench.workload import (
 )
 from tokenloom.client.client import Client
 from tokenloom.client.errors import TokenloomError
+from tokenloom.client.flags import access_of, add_access_options
+from tokenloom.client.grpc_transport import GrpcTransport
 
 _DEFAULT_TARGET = "localhost:50051"
 _DEFAULT_LENGTHS = Lengths(128, 128)
@@ -82,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
             check_installed()
         server = _server(args)
         report = _measure_all(args, server)
-    except (WorkloadError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:  # of workloads and of access
         parser.error(str(error))
     except (BenchError, TokenloomError, OSError) as error:
         print(f"tokenloom bench: {error}", file=sys.stderr)
@@ -242,11 +244,12 @@ def _server(args: argparse.Namespace) -> _Server:
             vocab_size=None,
         )
     target = args.target or _DEFAULT_TARGET
-    with Client(target) as client:
+    access = access_of(args)
+    with Client(GrpcTransport(target, access=access)) as client:
         client.wait_ready(timeout_s=args.ready_timeout_s)
         model = client.model(timeout_s=args.ready_timeout_s)
     return _Server(
-        endpoint=Grpc(target=target),
+        endpoint=Grpc(target=target, access=access),
         api="grpc",
         target=target,
         model=model.name,
@@ -307,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long to wait for a server that starts (default: 60)",
     )
+    add_access_options(parser)
     _add_load_options(parser)
     _add_workload_options(parser)
     group = parser.add_argument_group("report")

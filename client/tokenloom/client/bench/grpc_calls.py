@@ -19,7 +19,7 @@ class GrpcCaller:
     def __init__(
         self, endpoint: Grpc, *, ignore_eos: bool, temperature: float, timeout_s: float | None
     ) -> None:
-        self._transport = AsyncGrpcTransport(endpoint.target)
+        self._transport = AsyncGrpcTransport(endpoint.target, access=endpoint.access)
         self._ignore_eos = ignore_eos
         self._temperature = temperature
         self._timeout_s = timeout_s

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
+from tokenloom.client.access import PLAIN, Access
 from tokenloom.client.bench.workload import Source
 
 
@@ -37,6 +38,7 @@ class Grpc:
 
     target: str
     """As gRPC writes it: host:port, unix:/path, dns:///name:port."""
+    access: Access = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)

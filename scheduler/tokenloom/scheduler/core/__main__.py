@@ -15,6 +15,7 @@ import zmq
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.core.gate import Gate, Keyring, read_keyring
 from tokenloom.scheduler.core.loop import CoreLoop, TooManyCrashesError, bind
+from tokenloom.wire.logs import set_up_logs
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +24,10 @@ CORE_NICENESS = -10
 
 def main(argv: list[str]) -> int:
     """Runs a core until SIGTERM or SIGINT, or too many crashes. Returns the exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s core %(levelname)s %(message)s", stream=sys.stderr
-    )
     try:
         (text,) = argv
         config = SchedulerConfig.from_json(text)
+        set_up_logs("core", form=config.log_format, level=config.log_level)
         _check_run_dir(Path(config.run_dir))
         keyring = _keyring(config)
     except ValueError as error:
@@ -72,7 +71,7 @@ def _keyring(config: SchedulerConfig) -> Keyring | None:
 
 
 def _refuse(error: ValueError) -> int:
-    sys.stderr.write(f"core cannot start: {error}\n")
+    log.critical("core cannot start: %s", error)
     return 2
 
 

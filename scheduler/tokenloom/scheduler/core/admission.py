@@ -25,12 +25,16 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
     """Queues a request, or refuses it with a reason that quotes the numbers."""
 
     def refuse(reason: RefusalReason, detail: str, retry_after_s: float | None) -> None:
+        state.totals.num_refused += 1
         state.outputs_of(front).refused.append(
             Refused(
                 stream=message.stream, reason=reason, detail=detail, retry_after_s=retry_after_s
             )
         )
 
+    if state.is_draining:
+        refuse(RefusalReason.DRAINING, "the server drains", None)
+        return
     if state.spec is None:
         refuse(RefusalReason.NOT_READY, "the model is not loaded", NOT_READY_RETRY_S)
         return
@@ -44,16 +48,7 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
     if (full := _queue_full(state, len(tokens))) is not None:
         refuse(RefusalReason.QUEUE_FULL, full, _retry_after_s(state))
         return
-    state.new_request(
-        front=front,
-        stream=message.stream,
-        tokens=tokens,
-        max_tokens=message.max_tokens,
-        sampling=message.sampling,
-        salt=message.salt,
-        num_completion_tokens=message.num_completion_tokens,
-        now=now,
-    )
+    state.new_request(front, message, tokens, now)
 
 
 def abort(state: State, front: int, message: Abort) -> None:
@@ -61,6 +56,15 @@ def abort(state: State, front: int, message: Abort) -> None:
     request = state.requests.get((front, message.stream))
     if request is not None:
         state.finish(request, FinishReason.CANCELLED)
+
+
+def abort_named(state: State, request_id: str) -> bool:
+    """Ends a request, whoever's it is; returns whether there is one of that name."""
+    for request in state.requests.values():
+        if request.request_id == request_id:
+            state.finish(request, FinishReason.CANCELLED)
+            return True
+    return False
 
 
 def stop(state: State, front: int, message: Stop) -> None:
@@ -82,7 +86,7 @@ def begin_epoch(state: State, spec: ModelSpec) -> None:
     state.pool = BlockPool(spec.num_blocks, spec.block_size, cache=limits.prefix_cache)
     state.released = []
     state.costs = StepCosts()
-    for request in list(state.waiting.values()):
+    for request in list(state.waiting):
         if request.max_total > spec.max_request_tokens:
             state.finish(request, FinishReason.NO_ROOM)
         else:
@@ -96,7 +100,7 @@ def end_epoch(state: State) -> None:
     if state.slots is not None:
         running = [request for request in state.slots.requests if request is not None]
         for request in sorted(running, key=lambda request: request.serial, reverse=True):
-            state.preempt(request)
+            state.requeue(request)
     state.spec = None
     state.slots = None
     state.pool = None
@@ -156,9 +160,9 @@ def _queue_full(state: State, num_tokens: int) -> str | None:
     limits = state.limits
     if len(state.waiting) >= limits.max_waiting_requests:
         return f"{len(state.waiting)} requests wait; at most {limits.max_waiting_requests} may"
-    if state.num_waiting_tokens + num_tokens > limits.max_waiting_tokens:
+    if state.waiting.num_tokens + num_tokens > limits.max_waiting_tokens:
         return (
-            f"{state.num_waiting_tokens} prompt tokens wait and this prompt has {num_tokens}; "
+            f"{state.waiting.num_tokens} prompt tokens wait and this prompt has {num_tokens}; "
             f"at most {limits.max_waiting_tokens} may wait"
         )
     return None

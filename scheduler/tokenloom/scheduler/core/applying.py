@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tokenloom.scheduler.core import crashes
+from tokenloom.scheduler.core import accounting, crashes
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array
 from tokenloom.scheduler.core.state import Int64Array, Slots, State, StepRecord
 from tokenloom.scheduler.messages import FinishReason
@@ -27,12 +27,15 @@ def apply(state: State, result: StepDone, now: float) -> None:
     record = state.in_flight[0]
     tokens = _check(result, record, slots)
     state.in_flight.popleft()
+    pool.now_s = now
+    state.totals.end_step(num_requests=len(record.slots), now=now)
     state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=result.compute_s)
 
     # A request that ended or was preempted since has left its slot: its rows are dropped.
     alive = slots.tenure[record.slots] == record.tenures
     computed = record.slots[alive]
     slots.num_computed[computed] = record.ends[alive]
+    _charge(state, slots, record, alive, result.compute_s)
 
     rows = np.flatnonzero(alive[record.sampled])
     faulty = np.frombuffer(result.faulty_rows, np.int32)
@@ -48,6 +51,7 @@ def apply(state: State, result: StepDone, now: float) -> None:
     positions = slots.num_tokens[sampled]
     slots.tokens[sampled, positions] = drawn
     slots.num_tokens[sampled] = positions + 1
+    state.totals.note_tokens(slots.last_token_s[sampled], now)
     slots.last_token_s[sampled] = now
     first = sampled[np.isnan(slots.first_token_s[sampled])]
     slots.first_token_s[first] = now
@@ -86,6 +90,28 @@ def _check(result: StepDone, record: StepRecord, slots: Slots) -> Int32Array:
         if not 0 <= row < num_sampled:
             raise ResultError(f"row {row} is named; step {result.step_id} has {num_sampled} rows")
     return tokens
+
+
+def _charge(
+    state: State,
+    slots: Slots,
+    record: StepRecord,
+    alive: npt.NDArray[np.bool_],
+    compute_s: float,
+) -> None:
+    """Shares what a step took of the GPUs among the requests that were in it."""
+    gpu_s = accounting.gpu_seconds(compute_s, 1 if state.spec is None else state.spec.num_ranks)
+    state.totals.gpu_s += gpu_s
+    if not record.num_prompt_tokens:
+        slots.gpu_s[record.slots[alive]] += gpu_s / len(record.slots)
+        return
+    shares = accounting.shares(
+        gpu_s,
+        lengths=record.lengths,
+        num_decoding=record.num_decoding,
+        decode_weight=state.costs.decode_weight(record.num_decoding),
+    )
+    slots.gpu_s[record.slots[alive]] += shares[alive]
 
 
 def _finish(

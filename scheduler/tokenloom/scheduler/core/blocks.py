@@ -8,6 +8,13 @@ A block is in exactly one of three places:
 
 A full block is named by a digest that chains over all tokens before it, so
 equal digests mean equal tokens, equal positions and equal salt.
+
+Holders of a block share the seconds for which it is held. Each held block has a meter, which begins
+at 0 and runs at 1 / holders: who reads it when taking the block and when giving it up knows its
+part. It is kept as the time at which it would have begun had the holders never changed, so that
+nothing is to be done while they do not:
+
+    meter = (now - since) / holders
 """
 
 from __future__ import annotations
@@ -47,6 +54,9 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._num_holders = [0] * num_blocks
+        self.now_s = 0.0
+        """To which holds are counted: the time of the latest plan or result, by its caller."""
+        self._since_s = [0.0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._blocks: dict[bytes, int] = {}
 
@@ -73,7 +83,22 @@ class BlockPool:
             taken.append(block)
         for block in taken:
             self._num_holders[block] = 1
+            self._since_s[block] = self.now_s
         return taken
+
+    def meters_s(self, blocks: Iterable[int]) -> float:
+        """Returns what the meters of held blocks show, in sum."""
+        now_s, since_s, holders = self.now_s, self._since_s, self._num_holders
+        return sum((now_s - since_s[block]) / holders[block] for block in blocks)
+
+    def _set_holders(self, block: int, num_holders: int) -> None:
+        """Changes how many hold a block; its meter goes on from where it stands."""
+        old, now_s = self._num_holders[block], self.now_s
+        if old == 0:
+            self._since_s[block] = now_s
+        else:
+            self._since_s[block] = now_s - (now_s - self._since_s[block]) * num_holders / old
+        self._num_holders[block] = num_holders
 
     def num_matching(self, digests: Sequence[bytes]) -> int:
         """Returns how many of the leading `digests` are cached."""
@@ -94,7 +119,7 @@ class BlockPool:
         for block in blocks:
             if self._num_holders[block] == 0:
                 del self._evictable[block]
-            self._num_holders[block] += 1
+            self._set_holders(block, self._num_holders[block] + 1)
         return blocks
 
     def register(self, block: int, digest: bytes) -> None:
@@ -113,7 +138,7 @@ class BlockPool:
             holders = self._num_holders[block] - 1
             if holders < 0:
                 raise AssertionError(f"block {block} is released but nobody holds it")
-            self._num_holders[block] = holders
+            self._set_holders(block, holders)
             if holders == 0:
                 if not keep:
                     self._forget(block)

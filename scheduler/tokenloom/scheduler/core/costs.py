@@ -54,6 +54,12 @@ class StepCosts:
             old = self.decode_s or compute_s
             self.decode_s = min(compute_s, old + RISE_WEIGHT * (compute_s - old))
 
+    def decode_weight(self, num_decoding: int) -> float:
+        """Returns what one of `num_decoding` requests costs a step, in prompt tokens."""
+        if not self.decode_s or not self.prompt_token_s or not num_decoding:
+            return 1.0
+        return self.decode_s / (num_decoding * self.prompt_token_s)
+
     def prompt_budget(self, room: int) -> int:
         """Returns how many prompt tokens a step with `room` for them takes beside decodes."""
         if not self.decode_s or not self.prompt_token_s:

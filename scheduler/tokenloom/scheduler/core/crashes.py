@@ -18,7 +18,8 @@ from collections import deque
 import numpy as np
 
 from tokenloom.scheduler.core import admission
-from tokenloom.scheduler.core.state import Request, State
+from tokenloom.scheduler.core.request import Request
+from tokenloom.scheduler.core.state import State
 from tokenloom.scheduler.messages import FinishReason
 
 SUSPICIOUS_CRASHES = 2

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, assert_never
 
 import msgspec
@@ -20,18 +21,24 @@ from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.core import admission, applying, crashes, planning
 from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
+from tokenloom.scheduler.core.load import LoadPace, load_of
+from tokenloom.scheduler.core.metering import samples_of
+from tokenloom.scheduler.core.operators import Operators
 from tokenloom.scheduler.core.progress import LoadingDisplay
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
 from tokenloom.scheduler.core.watch import StallWatch, StepWatch
 from tokenloom.scheduler.messages import (
     Abort,
+    AbortNamed,
     Attach,
     Commands,
+    Drain,
     Inspect,
     Inspection,
     ModelLost,
     ModelReady,
     Ping,
+    Profile,
     Pulse,
     Stop,
     Submit,
@@ -39,7 +46,9 @@ from tokenloom.scheduler.messages import (
     decode_from_front,
     encode,
 )
+from tokenloom.scheduler.samples import SampleFile
 from tokenloom.wire import codec
+from tokenloom.wire import messages as wire
 from tokenloom.wire.messages import (
     PROTOCOL_VERSION,
     Configure,
@@ -48,8 +57,9 @@ from tokenloom.wire.messages import (
     Progress,
     Ready,
     Shutdown,
-    Step,
     StepDone,
+    ToWorker,
+    Trace,
 )
 from tokenloom.wire.spin import Spin
 
@@ -101,12 +111,17 @@ class CoreLoop:
         """By the number that the state knows a front by; no number is used twice."""
         self._front_numbers: dict[bytes, int] = {}
         self._next_front = 0
+        self._operators = Operators(self._state, self._send_to_front)
         self._group = Group(config.tensor_parallel)
         self._epoch = int(1000 * time.time())
         """Grows over the lives of cores, too: workers that outlive one join the next, and names of
         older epochs are still in their stores. No core has an epoch each millisecond."""
         self._watch = StepWatch(config.step_timeout_s)
         self._stalls = StallWatch()
+        self._pace = LoadPace()
+        self._samples: SampleFile | None = None
+        if config.metrics_listen:
+            self._samples = SampleFile(Path(config.metrics_dir), "core")
         self._budget = crashes.CrashBudget(
             max_crashes=config.max_crashes, window_s=config.crash_window_s
         )
@@ -127,9 +142,12 @@ class CoreLoop:
         spin = Spin(self._config.spin_us)
         ask_s = math.inf
         while True:
-            ready = _poll(poller, spin, min(ask_s, self._watch.due_s) - self._clock())
+            due_s = min(ask_s, self._watch.due_s, self._pace.due_s)
+            ready = _poll(poller, spin, due_s - self._clock())
             if stop_fd in ready:
                 break
+            if ready:
+                self._pace.note()
             if self._workers in ready:
                 spin.result()
                 self._receive_from_workers()
@@ -145,6 +163,9 @@ class CoreLoop:
             if self._fronts in ready:
                 self._receive_from_fronts()
             self._advance()
+            if self._clock() >= self._pace.due_s:
+                self._tell_load()
+        self._write_samples(self._clock())
         self._shut_down_group()
 
     def _advance(self) -> None:
@@ -165,6 +186,22 @@ class CoreLoop:
         for front, outputs in self._state.take_outputs().items():
             if (identity := self._front_ids.get(front)) is not None:
                 self._send_to_front(identity, outputs.packed())
+        self._operators.look()
+
+    def _tell_load(self) -> None:
+        """Tells all fronts how busy the core is."""
+        load = load_of(self._state)
+        for identity in list(self._front_ids.values()):
+            self._send_to_front(identity, load)
+        now = self._clock()
+        self._pace.tell(now)
+        if self._samples is not None and self._samples.is_due(now):
+            self._write_samples(now)
+
+    def _write_samples(self, now: float) -> None:
+        if self._samples is not None:
+            ranks = [rank.ready for rank in self._group.ranks if rank.ready is not None]
+            self._samples.write(samples_of(self._state, ranks), now)
 
     # Workers
 
@@ -198,6 +235,8 @@ class CoreLoop:
                     self._on_ready(rank, message)
                 case Failed():
                     self._lose_group(f"rank {rank} failed: {message.error}")
+                case Trace():
+                    self._operators.pass_on(rank, message)
                 case _:
                     assert_never(message)
 
@@ -256,8 +295,9 @@ class CoreLoop:
         if least < 1 or offer.max_step_tokens < self._config.max_num_requests:
             self._lose_group(f"the group is ready with too little to offer: {offer}")
             return
-        spec = ModelSpec.of(offer)
+        spec = ModelSpec.of(offer, num_ranks=self._group.world_size)
         admission.begin_epoch(self._state, spec)
+        self._state.totals.begin_epoch(self._clock())
         _tell_supervisor("serving", self._group.pids)
         log.info(
             "model is ready: weights %.2f GiB, KV cache %.2f GiB, %d blocks of %d positions, "
@@ -296,6 +336,8 @@ class CoreLoop:
         for rank in group.ranks:  # those who can still hear it would wait for steps
             self._reach(rank.identity, codec.encode(Shutdown()))
         _tell_supervisor("lost", group.pids)
+        if self._state.spec is not None:
+            self._state.totals.lose_group(self._clock())
         crashes.lose_group(self._state)
         self._flush()  # what came before the loss, before the word of it
         for identity in list(self._front_ids.values()):
@@ -335,9 +377,9 @@ class CoreLoop:
             if not self._gate.wait_for_departure(deadline_s - self._clock()):
                 break
 
-    def _send_to_group(self, step: Step) -> bool:
+    def _send_to_group(self, message: ToWorker) -> bool:
         """Sends the same frame to all ranks; if one is gone, ends the epoch and returns False."""
-        frame = codec.encode(step)
+        frame = codec.encode(message)
         for index, rank in enumerate(self._group.ranks):
             if not self._reach(rank.identity, frame):
                 self._lose_group(f"rank {index} is gone")
@@ -372,6 +414,12 @@ class CoreLoop:
                     self._attach(identity, message)
                 case Commands():
                     self._execute(identity, message)
+                case Drain():
+                    self._operators.drain(identity, message, list(self._front_ids.values()))
+                case AbortNamed():
+                    self._operators.abort(identity, message)
+                case Profile():
+                    self._profile(identity, message)
                 case _:
                     assert_never(message)
 
@@ -383,8 +431,17 @@ class CoreLoop:
         self._front_ids[self._next_front] = identity
         self._next_front += 1
         log.info("front %d attaches", attach.pid)
+        self._operators.greet(identity)  # first: it must not seem ready for a moment
         if self._state.spec is not None:
             self._send_to_front(identity, _model_ready(self._state.spec))
+
+    def _profile(self, identity: bytes, profile: Profile) -> None:
+        """Asks all ranks to record. Where there is no group, who asks has heard of it."""
+        if self._state.spec is not None:
+            self._operators.profile(identity)
+            self._send_to_group(
+                wire.Profile(epoch=self._epoch, number=profile.number, num_steps=profile.num_steps)
+            )
 
     def _execute(self, identity: bytes, message: Commands) -> None:
         front = self._front_numbers.get(identity)
@@ -438,7 +495,7 @@ class CoreLoop:
             num_cached_blocks=0 if state.pool is None else state.pool.num_cached,
             num_steps=state.next_step_id - 1,
             num_dropped_frames=self._num_dropped_frames,
-            num_preemptions=state.num_preemptions,
+            num_preemptions=state.totals.num_preemptions,
             violations=tuple(state.check()),
         )
 

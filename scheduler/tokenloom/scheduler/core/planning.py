@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenloom.scheduler.core.blocks import BlockPool
-from tokenloom.scheduler.core.state import Int64Array, Request, Slots, State, StepRecord
+from tokenloom.scheduler.core.request import Request
+from tokenloom.scheduler.core.state import Int64Array, Slots, State, StepRecord
 from tokenloom.scheduler.messages import Admitted
 from tokenloom.wire.messages import Admit, Step
 
@@ -101,6 +102,7 @@ def plan(state: State, now: float) -> StepPlan | None:
     slots, pool, spec = state.slots, state.pool, state.spec
     if slots is None or pool is None or spec is None:
         return None
+    pool.now_s = now
     changes = _Changes()
     preempted = _grow(state, slots, pool, changes)
 
@@ -138,7 +140,17 @@ def plan(state: State, now: float) -> StepPlan | None:
     span_slots, span_lengths = np.concatenate(spans), np.concatenate(lengths)
     if not len(span_slots):
         return None
-    return _enter(state, slots, changes, span_slots, span_lengths, whole - budget)
+    if not state.in_flight:
+        state.totals.begun_s = now
+    return _enter(
+        state,
+        slots,
+        changes,
+        span_slots,
+        span_lengths,
+        num_decoding=len(decoding),
+        num_prompt_tokens=whole - budget,
+    )
 
 
 def prompt_budget(state: State, max_step_tokens: int, *, num_decoding: int) -> int:
@@ -194,14 +206,16 @@ def _admit(
     if num_new + pool.num_evictable(cached) + reserve > pool.num_free:
         return None
 
-    state.dequeue(request)
+    state.waiting.leave(request)
     slot = slots.free.pop()
     num_computed = len(cached) * block_size
     _fill_slot(slots, slot, request, num_computed)
     slots.tenure[slot] = state.next_tenure
     state.next_tenure += 1
     # Shared blocks first: allocating may evict what nobody holds.
-    changes.give(slots, slot, pool.share(cached))
+    shared = pool.share(cached)
+    request.kv_block_s -= pool.meters_s(shared)
+    changes.give(slots, slot, shared)
     changes.give(slots, slot, pool.allocate(num_new))
     changes.admitted.append(
         Admit(
@@ -215,8 +229,11 @@ def _admit(
     if request.planned_s is None:
         request.planned_s = now
         _note_interval(state, request, now)
+        num_cached = min(num_computed, request.num_prompt)
+        state.totals.num_prompt_tokens += request.num_prompt
+        state.totals.num_cached_prompt_tokens += num_cached
         state.outputs_of(request.front).admitted.append(
-            Admitted(stream=request.stream, num_cached_tokens=min(num_computed, request.num_prompt))
+            Admitted(stream=request.stream, num_cached_tokens=num_cached)
         )
     return slot
 
@@ -224,6 +241,7 @@ def _admit(
 def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int) -> None:
     num_tokens = len(request.tokens)
     request.slot = slot
+    request.num_found = num_computed
     slots.requests[slot] = request
     slots.serial[slot] = request.serial
     slots.tokens[slot, :num_tokens] = request.tokens
@@ -236,6 +254,7 @@ def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int) -> 
     slots.num_hashed[slot] = num_computed // slots.block_size
     slots.first_token_s[slot] = np.nan if request.first_token_s is None else request.first_token_s
     slots.last_token_s[slot] = np.nan if request.last_token_s is None else request.last_token_s
+    slots.gpu_s[slot] = request.gpu_s
     slots.front[slot] = request.front
     slots.stream[slot] = request.stream
     slots.set_stop_ids(slot, request.sampling.stop_token_ids)
@@ -258,6 +277,8 @@ def _enter(
     changes: _Changes,
     span_slots: Int64Array,
     span_lengths: Int64Array,
+    *,
+    num_decoding: int,
     num_prompt_tokens: int,
 ) -> StepPlan:
     """Records the step as in flight and moves the slots on."""
@@ -273,8 +294,10 @@ def _enter(
             step_id=step_id,
             slots=span_slots,
             tenures=slots.tenure[span_slots],
+            lengths=span_lengths,
             ends=ends,
             sampled=np.flatnonzero(samples),
+            num_decoding=num_decoding,
             num_prompt_tokens=num_prompt_tokens,
         )
     )

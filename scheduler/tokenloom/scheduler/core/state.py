@@ -15,16 +15,26 @@ steady decode. A span that reaches num_planned samples the next token.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, block_digest, root_digest
+from tokenloom.scheduler.core.accounting import Totals
+from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, root_digest
 from tokenloom.scheduler.core.costs import StepCosts
-from tokenloom.scheduler.messages import Admitted, Finished, FinishReason, Outputs, Refused
-from tokenloom.wire.messages import Ready, SamplingParams, TokenLogprobs
+from tokenloom.scheduler.core.queue import Queue
+from tokenloom.scheduler.core.request import Request
+from tokenloom.scheduler.messages import (
+    Admitted,
+    Finished,
+    FinishReason,
+    Outputs,
+    Refused,
+    Submit,
+)
+from tokenloom.wire.messages import Ready, TokenLogprobs
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -58,11 +68,14 @@ class ModelSpec:
     """What it took to get ready, in seconds."""
     fingerprint: str = ""
     """Names the weights and how they are computed with."""
+    num_ranks: int = 1
+    """Workers of the group, each with a GPU."""
 
     @classmethod
-    def of(cls, ready: Ready) -> ModelSpec:
-        """Returns what a worker says of itself when it is ready."""
+    def of(cls, ready: Ready, *, num_ranks: int = 1) -> ModelSpec:
+        """Returns what a group of workers says of itself when it is ready."""
         return cls(
+            num_ranks=num_ranks,
             epoch=ready.epoch,
             vocab_size=ready.vocab_size,
             max_model_tokens=ready.max_model_tokens,
@@ -79,39 +92,6 @@ class ModelSpec:
         return min(self.max_model_tokens, self.num_blocks * self.block_size)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Request:
-    """One prompt and its completion, from submission to finish."""
-
-    serial: int
-    """Order of arrival; unique in the core's life."""
-    front: int
-    stream: int
-    tokens: Int32Array
-    """int32: all that is known while it waits; once it runs, its slot's row is the truth."""
-    num_prompt: int
-    max_total: int
-    sampling: SamplingParams
-    digests: list[bytes]
-    """The root digest, then one for each full block known so far."""
-    arrived_s: float
-    planned_s: float | None = None
-    """When it first got a slot."""
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-    slot: int | None = None
-    num_crashes: int = 0
-    """Crashes of a group with a step of it in flight, since it was last acquitted."""
-    crash_tokens: int = 0
-    """How many tokens it would have had after those steps."""
-
-    def extend_digests(self, tokens: Int32Array, num_blocks: int, block_size: int) -> None:
-        """Computes the digests of the first `num_blocks` blocks of `tokens`."""
-        for index in range(len(self.digests) - 1, num_blocks):
-            block = tokens[index * block_size : (index + 1) * block_size]
-            self.digests.append(block_digest(self.digests[-1], block))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRecord:
     """What is remembered of a step until its result comes."""
@@ -121,12 +101,16 @@ class StepRecord:
     """[num_spans]"""
     tenures: Int64Array
     """[num_spans] whose spans they were: a slot may have changed hands since"""
+    lengths: Int64Array
+    """[num_spans]"""
     ends: Int64Array
     """[num_spans] positions computed once the step is done"""
     sampled: Int64Array
     """[num_sampled] indices of the spans that sample"""
+    num_decoding: int
+    """Leading spans that are those of requests in steady decode."""
     num_prompt_tokens: int
-    """Computed beside the requests in steady decode."""
+    """Of the others."""
 
 
 @dataclass(slots=True)
@@ -140,6 +124,7 @@ class FrontOutputs:
     num_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
 
     def packed(self) -> Outputs:
         """Returns the message that tells the front all of it."""
@@ -150,6 +135,7 @@ class FrontOutputs:
             tokens=b"".join(part.tobytes() for part in self.tokens),
             logprobs=tuple(self.logprobs),
             finished=tuple(self.finished),
+            preempted=tuple(self.preempted),
         )
 
 
@@ -180,6 +166,7 @@ class Slots:
         """Leading blocks whose digest was registered."""
         self.first_token_s = np.full(num_slots, np.nan)
         self.last_token_s = np.full(num_slots, np.nan)
+        self.gpu_s = np.zeros(num_slots)
         self.front = np.zeros(num_slots, np.int32)
         self.stream = np.zeros(num_slots, np.int64)
         self.stop_ids = np.full((num_slots, 1), NO_TOKEN, np.int32)
@@ -209,9 +196,7 @@ class State:
         self.spec: ModelSpec | None = None
         self.slots: Slots | None = None
         self.pool: BlockPool | None = None
-        self.waiting: OrderedDict[int, Request] = OrderedDict()
-        """By serial, in the order in which they will run."""
-        self.num_waiting_tokens = 0
+        self.waiting = Queue()
         self.requests: dict[tuple[int, int], Request] = {}
         """Every live request by (front, stream)."""
         self.suspects: dict[int, Request] = {}
@@ -225,7 +210,9 @@ class State:
         self.next_step_id = 1
         self.next_serial = 1
         self.next_tenure = 1
-        self.num_preemptions = 0
+        self.totals = Totals()
+        self.is_draining = False
+        """Whether an operator wants no new requests any more."""
         self.admission_interval_s: float | None = None
         """Moving average of the time between admissions, for push-back."""
         self.last_admission_s: float | None = None
@@ -248,35 +235,27 @@ class State:
         outputs, self.outputs = self.outputs, {}
         return outputs
 
-    def new_request(
-        self,
-        *,
-        front: int,
-        stream: int,
-        tokens: Int32Array,
-        max_tokens: int,
-        sampling: SamplingParams,
-        salt: str,
-        num_completion_tokens: int,
-        now: float,
-    ) -> Request:
-        """Enters a request at the end of the queue; the last of its tokens may be completion."""
-        num_prompt = len(tokens) - num_completion_tokens
+    def new_request(self, front: int, message: Submit, tokens: Int32Array, now: float) -> Request:
+        """Enters a request into the queue; the last of its `tokens` may be completion."""
+        num_prompt = len(tokens) - message.num_completion_tokens
         request = Request(
             serial=self.next_serial,
             front=front,
-            stream=stream,
+            stream=message.stream,
+            tenant=message.tenant,
+            priority=message.priority,
             tokens=tokens,
             num_prompt=num_prompt,
-            max_total=num_prompt + max_tokens,
-            sampling=sampling,
-            digests=[root_digest(salt)],
+            num_given=message.num_completion_tokens,
+            max_total=num_prompt + message.max_tokens,
+            sampling=message.sampling,
+            digests=[root_digest(message.salt)],
             arrived_s=now,
+            request_id=message.request_id,
         )
         self.next_serial += 1
-        self.requests[front, stream] = request
-        self.waiting[request.serial] = request
-        self.num_waiting_tokens += len(tokens)
+        self.requests[front, message.stream] = request
+        self.waiting.enter(request)
         return request
 
     def vacate(self, request: Request, *, keep_blocks: bool = True) -> None:
@@ -290,7 +269,11 @@ class State:
         assert self.pool is not None
         assert request.slot is not None
         slots, slot = self.slots, request.slot
-        self.pool.release(slots.blocks(slot), keep=keep_blocks)
+        blocks = slots.blocks(slot)
+        request.kv_block_s += self.pool.meters_s(blocks)
+        self.pool.release(blocks, keep=keep_blocks)
+        request.gpu_s = float(slots.gpu_s[slot])
+        self.totals.num_recomputed_tokens += request.leave_slot(int(slots.num_computed[slot]))
         request.first_token_s = _time(slots.first_token_s[slot])
         request.last_token_s = _time(slots.last_token_s[slot])
         request.tokens = slots.tokens[slot, : slots.num_tokens[slot]].copy()
@@ -302,29 +285,24 @@ class State:
         self.released.append(slot)
 
     def preempt(self, request: Request) -> None:
-        """Moves a running request back to its place in the queue; it is recomputed later."""
+        """Makes a running request give way; it is recomputed later."""
+        request.num_preemptions += 1
+        self.totals.num_preemptions += 1
+        self.outputs_of(request.front).preempted.append(request.stream)
+        self.requeue(request)
+
+    def requeue(self, request: Request) -> None:
+        """Moves a running request back to its place in the queue."""
         self.vacate(request)
-        is_first = not self.waiting or request.serial < next(iter(self.waiting))
-        self.waiting[request.serial] = request
-        if is_first:
-            self.waiting.move_to_end(request.serial, last=False)
-        else:  # a suspect ran before those that had come earlier
-            self.waiting = OrderedDict(sorted(self.waiting.items()))
-        self.num_waiting_tokens += len(request.tokens)
-        self.num_preemptions += 1
+        self.waiting.enter(request)
 
     def next_waiting(self) -> Request | None:
         """Returns who may be admitted: the first of the queue, or a suspect where it is alone."""
         if not self.suspects:
-            return next(iter(self.waiting.values()), None)
+            return self.waiting.head()
         if self.num_running or self.in_flight:
             return None
         return next(iter(self.suspects.values()))
-
-    def dequeue(self, request: Request) -> None:
-        """Takes a request out of the queue."""
-        del self.waiting[request.serial]
-        self.num_waiting_tokens -= len(request.tokens)
 
     def finish(
         self,
@@ -336,26 +314,34 @@ class State:
     ) -> None:
         """Ends a request wherever it is, returns all it holds and tells its front."""
         if request.slot is None:
-            self.dequeue(request)
+            self.waiting.leave(request)
         else:
             # What is not finite may lie in the request's own KV: whoever shared it would fail too.
             self.vacate(request, keep_blocks=reason is not FinishReason.FAULT)
         del self.requests[request.front, request.stream]
         self.suspects.pop(request.serial, None)
         num_tokens = len(request.tokens) - request.num_prompt
-        self.outputs_of(request.front).finished.append(
-            Finished(
-                stream=request.stream,
-                reason=reason,
-                stop_token_id=stop_token_id,
-                num_completion_tokens=(
-                    num_tokens if num_completion_tokens is None else num_completion_tokens
-                ),
-                queue_s=_span(request.arrived_s, request.planned_s),
-                prefill_s=_span(request.planned_s, request.first_token_s),
-                decode_s=_span(request.first_token_s, request.last_token_s),
-            )
+        finished = Finished(
+            stream=request.stream,
+            reason=reason,
+            stop_token_id=stop_token_id,
+            num_completion_tokens=(
+                num_tokens if num_completion_tokens is None else num_completion_tokens
+            ),
+            queue_s=_span(request.arrived_s, request.planned_s),
+            prefill_s=_span(request.planned_s, request.first_token_s),
+            decode_s=_span(request.first_token_s, request.last_token_s),
+            gpu_s=request.gpu_s,
+            kv_block_s=max(0.0, request.kv_block_s),
+            num_recomputed_tokens=request.num_recomputed,
+            num_preemptions=request.num_preemptions,
         )
+        self.totals.finish(
+            finished,
+            tenant=request.tenant,
+            num_generated_tokens=num_tokens - request.num_given,
+        )
+        self.outputs_of(request.front).finished.append(finished)
 
     def check(self) -> list[str]:
         """Returns what is wrong with the state; empty is right."""
@@ -391,19 +377,15 @@ class State:
 
     def _check_queue(self, running: list[int]) -> list[str]:
         """Returns what is wrong with the queue beside the serials of those that run."""
-        wrong = []
         queued = {r.serial for r in self.requests.values() if r.slot is None}
-        if queued != set(self.waiting):
+        wrong = self.waiting.check()
+        if queued != {request.serial for request in self.waiting}:
             wrong.append("the queue and the requests without a slot differ")
-        if list(self.waiting) != sorted(self.waiting):
-            wrong.append("the queue is not in order of arrival")
         if self.suspects:
             if running not in ([], list(self.suspects)[:1]):
                 wrong.append(f"{running} run while {list(self.suspects)} are suspects")
         elif queued and running and min(queued) < max(running):
             wrong.append("a request waits while a younger one runs")
-        if self.num_waiting_tokens != sum(len(r.tokens) for r in self.waiting.values()):
-            wrong.append(f"num_waiting_tokens is {self.num_waiting_tokens}, not the queue's sum")
         return wrong
 
 

@@ -2,6 +2,8 @@
 
     RequestError             code                 reason in google.rpc.ErrorInfo
     ├── InvalidRequest       INVALID_ARGUMENT     INVALID_REQUEST, PROMPT_TOO_LONG, MALFORMED
+    ├── Unauthenticated      UNAUTHENTICATED      NO_IDENTITY, BAD_TOKEN
+    ├── UnknownTenant        PERMISSION_DENIED    UNKNOWN_TENANT
     ├── OtherModel           FAILED_PRECONDITION  OTHER_MODEL
     ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL, DEADLINE_UNREACHABLE, TENANT_LIMIT
     ├── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
@@ -21,7 +23,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -38,6 +40,9 @@ _MAX_MESSAGE_CHARS = 512
 """Both keep a status within the 8 KiB of metadata that clients accept."""
 
 _log = logging.getLogger(__name__)
+
+Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+"""Metadata sent with a status. gRPC takes no list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,21 @@ class InvalidRequest(RequestError):
                 field=violation.field, description=violation.description
             )
         return [bad_request]
+
+
+class Unauthenticated(RequestError):
+    """The call does not say whose it is, or says it in vain."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class UnknownTenant(RequestError):
+    """The caller is who it says, and nobody's."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+    def __init__(self, spiffe_id: str) -> None:
+        super().__init__("UNKNOWN_TENANT", f"{spiffe_id} belongs to no tenant of this server")
 
 
 class OtherModel(RequestError):
@@ -155,6 +175,9 @@ class Absence:
     message: str
 
 
+DRAINING = Absence(reason="DRAINING", message="the server takes no new requests; it drains")
+
+
 class Unavailable(RequestError):
     """This server cannot serve now; another one, or this one later, may."""
 
@@ -204,23 +227,27 @@ def fault_of(error: BaseException) -> ServerFault:
 def refusal_error(refused: Refused) -> RequestError:
     """Returns what the core's refusal means for the client."""
     match refused.reason:
-        case RefusalReason.QUEUE_FULL:
-            return Overloaded("QUEUE_FULL", refused.detail, refused.retry_after_s)
-        case RefusalReason.DEADLINE_UNREACHABLE:
-            return Overloaded("DEADLINE_UNREACHABLE", refused.detail, refused.retry_after_s)
-        case RefusalReason.TENANT_LIMIT:
-            return Overloaded("TENANT_LIMIT", refused.detail, refused.retry_after_s)
+        case (
+            RefusalReason.QUEUE_FULL
+            | RefusalReason.DEADLINE_UNREACHABLE
+            | RefusalReason.TENANT_LIMIT
+        ):
+            return Overloaded(refused.reason.name, refused.detail, refused.retry_after_s)
         case RefusalReason.TOO_LONG:
             violation = Violation(field="prompt", description=refused.detail)
             return InvalidRequest([violation], "PROMPT_TOO_LONG")
         case RefusalReason.NOT_READY:
             return Unavailable(Absence(reason="NOT_READY", message=refused.detail))
+        case RefusalReason.DRAINING:
+            return Unavailable(DRAINING)
         case RefusalReason.INVALID | RefusalReason.DUPLICATE:
             return fault(f"the core refused a request as {refused.reason}: {refused.detail}")
 
 
-async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestError) -> NoReturn:
-    """Ends a call with the status of an error.
+async def abort(
+    context: grpc.aio.ServicerContext[bytes, bytes], error: RequestError, trailers: Trailers = ()
+) -> NoReturn:
+    """Ends a call with the status of an error; `trailers` go with it.
 
     Waits as long as a client does not read what came before the status; that
     costs no more than what gRPC has buffered for it.
@@ -234,12 +261,9 @@ async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestE
         message=message,
         details=[_pack(detail) for detail in (info, *error.details())],
     )
-    trailers: tuple[tuple[str, str | bytes], ...] = (  # gRPC takes no list
-        *error.trailers(),
-        ("grpc-status-details-bin", status.SerializeToString()),
-    )
+    details: Trailers = (("grpc-status-details-bin", status.SerializeToString()),)
     try:
-        await context.abort(error.code, message, trailers)
+        await context.abort(error.code, message, (*error.trailers(), *details, *trailers))
     except grpc.aio.InternalError as gone:  # the client left meanwhile
         raise asyncio.CancelledError from gone
 

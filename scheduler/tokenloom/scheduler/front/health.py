@@ -51,10 +51,10 @@ class Health:
         self._stalled_s = pulse.stalled_s
         self._changed.set()
 
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """From now on the server is not ready, and lives."""
         self._drains = True
-        await self.tell()
+        self._changed.set()
 
     async def follow(self, ping: Callable[[], None]) -> None:
         """Tells each change, until it is cancelled; `ping` asks the core for a pulse."""
@@ -72,8 +72,13 @@ class Health:
     async def tell(self) -> None:
         """Brings what checks and watches see up to date."""
         for service in self._services:
-            await self._set(service, is_serving=self._has_model and not self._drains)
+            await self._set(service, is_serving=self.is_ready)
         await self._set(LIVENESS, is_serving=self._lives())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._has_model and not self._drains
 
     def _lives(self) -> bool:
         is_heard = self._heard_s is None or time.monotonic() - self._heard_s < self._timeout_s

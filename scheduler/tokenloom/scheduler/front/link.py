@@ -22,8 +22,11 @@ from tokenloom.scheduler.front.errors import (
 from tokenloom.scheduler.front.streams import Stream
 from tokenloom.scheduler.messages import (
     Abort,
+    Aborted,
     Attach,
     Commands,
+    Drained,
+    Draining,
     Inspection,
     Load,
     ModelLost,
@@ -34,6 +37,7 @@ from tokenloom.scheduler.messages import (
     Stop,
     Submit,
     ToFront,
+    TraceData,
     decode_to_front,
     encode,
 )
@@ -54,14 +58,19 @@ class CoreLink:
         *,
         on_model: Callable[[ModelReady | Absence], None],
         on_pulse: Callable[[Pulse], None],
+        on_load: Callable[[Load], None],
+        on_draining: Callable[[Draining], None],
     ) -> None:
         """`on_model` is told what the core serves, or why it serves nothing; `on_pulse`, its life.
 
-        The latter is the answer to `ping`.
+        The latter is the answer to `ping`. `on_load` is told how busy it is, `on_draining` what an
+        operator wants.
         """
         self._endpoint = endpoint
         self._on_model = on_model
         self._on_pulse = on_pulse
+        self._on_load = on_load
+        self._on_draining = on_draining
         self._streams: dict[int, Stream] = {}
         self._commands: list[Submit | Abort | Stop | Ping] = []
         self._context = zmq.Context()
@@ -167,7 +176,10 @@ class CoreLink:
                 self._on_pulse(message)
             case Load():
                 self.load = message
-            case Inspection():
+                self._on_load(message)
+            case Draining():
+                self._on_draining(message)
+            case Inspection() | Drained() | Aborted() | TraceData():
                 pass  # a front never asks
             case _:
                 assert_never(message)
@@ -180,6 +192,19 @@ class CoreLink:
         for admitted in outputs.admitted:
             if (stream := streams.get(admitted.stream)) is not None:
                 stream.admit(admitted.num_cached_tokens)
+        self._push_tokens(outputs)
+        for finished in outputs.finished:
+            if (stream := streams.get(finished.stream)) is not None:
+                try:
+                    stream.finish(finished)
+                except Exception as error:  # noqa: BLE001 - one stream's error never ends another
+                    stream.fail(fault_of(error))
+        for number in outputs.preempted:
+            if (stream := streams.get(number)) is not None:
+                stream.preempt()
+
+    def _push_tokens(self, outputs: Outputs) -> None:
+        streams = self._streams
         logprobs = {entry.row: entry for entry in outputs.logprobs}
         numbers = np.frombuffer(outputs.streams, "<i8").tolist()
         tokens = np.frombuffer(outputs.tokens, "<i4").tolist()
@@ -189,14 +214,8 @@ class CoreLink:
                 continue  # left while the token was under way
             try:
                 stream.push(token, logprobs.get(row))
-            except Exception as error:  # noqa: BLE001 - one stream's error never ends another
+            except Exception as error:  # noqa: BLE001 - as above
                 stream.fail(fault_of(error))
-        for finished in outputs.finished:
-            if (stream := streams.get(finished.stream)) is not None:
-                try:
-                    stream.finish(finished)
-                except Exception as error:  # noqa: BLE001 - as above
-                    stream.fail(fault_of(error))
 
     def _read_monitor(self) -> None:
         while not self._monitor.closed and self._monitor.poll(0):

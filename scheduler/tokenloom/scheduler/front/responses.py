@@ -63,7 +63,9 @@ def pause_response() -> pb.GenerateResponse:
     return pb.GenerateResponse(pause=pb.Pause(reason=pb.PAUSE_REASON_RECOVERING))
 
 
-def finish_response(call: Call, end: End, *, num_cached_tokens: int) -> pb.GenerateResponse:
+def finish_response(
+    call: Call, end: End, *, num_cached_tokens: int, gpu_hour_price: float | None
+) -> pb.GenerateResponse:
     """Returns the last message of a stream; what the core does not know is left out."""
     finished = end.finished
     return pb.GenerateResponse(
@@ -79,6 +81,13 @@ def finish_response(call: Call, end: End, *, num_cached_tokens: int) -> pb.Gener
             ),
             stop_token_id=finished.stop_token_id,
             stop_string=end.stop_string,
+            cost=pb.Cost(
+                gpu_s=finished.gpu_s,
+                kv_block_s=finished.kv_block_s,
+                num_recomputed_tokens=finished.num_recomputed_tokens,
+                num_preemptions=finished.num_preemptions,
+                price=finished.price(gpu_hour_price),
+            ),
         )
     )
 

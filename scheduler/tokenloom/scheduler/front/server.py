@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -16,13 +17,25 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.front.counts import CallCounts, CountsFile
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
+from tokenloom.scheduler.front.identity import Identities
+from tokenloom.scheduler.front.journal import Journal, Traces
 from tokenloom.scheduler.front.link import CoreLink
-from tokenloom.scheduler.front.servicer import MESSAGE_LIMIT_BYTES, SERVICE_NAME, InferenceServicer
+from tokenloom.scheduler.front.load import LoadReports
+from tokenloom.scheduler.front.servicer import (
+    MESSAGE_LIMIT_BYTES,
+    SERVER_VERSION,
+    SERVICE_NAME,
+    InferenceServicer,
+)
 from tokenloom.scheduler.front.text import TextModel
-from tokenloom.scheduler.messages import ModelReady
+from tokenloom.scheduler.front.tls import CONNECTION_AGE_MS, server_credentials
+from tokenloom.scheduler.listening import bind, write_address
+from tokenloom.scheduler.messages import Draining, Load, ModelReady
 from tokenloom.scheduler.ports import check_free
+from tokenloom.scheduler.tenants import TenantsFile
 from tokenloom.wire.started import process_start_s
 
 _OPTIONS = (
@@ -52,47 +65,89 @@ class FrontServer:
         self._config = config
         self._text = text
         self._health = Health((SERVICE_NAME,), timeout_s=config.heartbeat_timeout_s)
+        self._reports = LoadReports()
         self._link = CoreLink(
-            config.core_endpoint, on_model=self._on_model, on_pulse=self._health.feel
+            config.core_endpoint,
+            on_model=self._on_model,
+            on_pulse=self._health.feel,
+            on_load=self._on_load,
+            on_draining=self._on_draining,
         )
-        self._servicer = InferenceServicer(config, text, self._link)
-        self._health_task: asyncio.Task[None] | None = None
+        counts = CallCounts()
+        self._journal = Journal(_traces(config), counts, gpu_hour_price=config.gpu_hour_price)
+        tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
+        self._identities = Identities(tenants)
+        self._servicer = InferenceServicer(
+            config,
+            text,
+            self._link,
+            journal=self._journal,
+            identities=self._identities,
+            reports=self._reports,
+        )
+        self._counts_file: CountsFile | None = None
+        if config.metrics_listen:
+            folder = Path(config.metrics_dir)
+            self._counts_file = CountsFile(folder, counts, lambda: self._health.is_ready)
+        self._tasks: list[asyncio.Task[None]] = []
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
-        self._server = grpc.aio.server(options=(*_OPTIONS, sharing))
+        # A client that connects again also looks its target's name up again, and so finds replicas
+        # that came meanwhile.
+        age = ("grpc.max_connection_age_ms", CONNECTION_AGE_MS)
+        self._server = grpc.aio.server(options=(*_OPTIONS, sharing, age))
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
     async def start(self) -> None:
         """Listens and connects to the core. Raises ConfigError if the address cannot be had."""
-        self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        self._server.add_generic_rpc_handlers((self._servicer.handler(), self._reports.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
         await self._health.tell()
         if self._config.num_fronts == 1:  # else the supervisor holds the port
             check_free(self._config.listen)
-        self.address = _bind(self._server, self._config.listen)
+        credentials = server_credentials(self._config)
+        self.address = bind(self._server, self._config.listen, credentials)
         await self._server.start()
         self._link.open()
-        self._health_task = asyncio.create_task(self._health.follow(self._link.ping))
-        _write_address(Path(self._config.run_dir), self.address)
+        self._tasks = [
+            asyncio.create_task(self._health.follow(self._link.ping)),
+            asyncio.create_task(self._identities.follow()),
+        ]
+        if self._counts_file is not None:
+            self._tasks.append(asyncio.create_task(self._counts_file.follow()))
+        write_address(Path(self._config.run_dir) / "address", self.address)
         _log.info("listening on %s", self.address)
 
     async def drain(self, grace_s: float) -> None:
         """Tells health checks, refuses new requests, lets running ones finish."""
-        await self._health.drain()
+        self._health.drain()
+        await self._health.tell()
         await self._servicer.drain(grace_s)
 
     async def stop(self) -> None:
         """Ends what is left and closes everything."""
         (Path(self._config.run_dir) / "address").unlink(missing_ok=True)
-        if self._health_task is not None:
-            self._health_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._server.stop(_LAST_CALLS_S)
         self._link.close()
         self._text.close()
+        if self._counts_file is not None:
+            self._counts_file.write()
+        self._journal.close()
+
+    def _on_draining(self, draining: Draining) -> None:
+        self._servicer.refuse_all()
+        self._health.drain()
+        if draining.ends:
+            self._servicer.end_all()
+
+    def _on_load(self, load: Load) -> None:
+        self._reports.feel(load, time.monotonic())
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model
@@ -121,6 +176,7 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
     loop.add_signal_handler(signal.SIGTERM, on_term)
     for number in (signal.SIGINT, signal.SIGUSR1):
         loop.add_signal_handler(number, on_hurry)
+    loop.set_exception_handler(_on_loop_error)
     server = FrontServer(config, text)
     try:
         await server.start()
@@ -129,6 +185,37 @@ async def run(config: SchedulerConfig, text: TextModel) -> None:
         await _drain(server, 0.0 if hurry.is_set() else config.grace_s, hurry)
     finally:
         await server.stop()
+
+
+def _on_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs what nobody awaited, but not what it was called with: that may be a prompt."""
+    _log.error("an error reached the event loop", exc_info=context.get("exception"))
+
+
+def _traces(config: SchedulerConfig) -> Traces | None:
+    """Returns where trace spans go, if they go anywhere. Raises ConfigError if they cannot."""
+    if not config.otlp_endpoint and not _are_asked_for():
+        return None
+    try:
+        # Optional, and nothing that a front without it should load.
+        from tokenloom.scheduler.front.tracing import Tracing  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        lack = f"{error.name} is not installed; `pip install tokenloom-scheduler[otel]` brings it"
+        if config.otlp_endpoint:
+            raise ConfigError(f"otlp_endpoint is {config.otlp_endpoint}, but {lack}") from error
+        _log.warning("no spans are sent: %s", lack)
+        return None
+    return Tracing(endpoint=config.otlp_endpoint, model=config.name, version=SERVER_VERSION)
+
+
+def _are_asked_for() -> bool:
+    """Returns whether OpenTelemetry's variables name a place for spans and turn nothing off."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    is_off = (
+        os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+        or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    )
+    return any(os.environ.get(name) for name in names) and not is_off
 
 
 def _start_told(model: ModelReady) -> str:
@@ -150,25 +237,3 @@ async def _drain(server: FrontServer, grace_s: float, hurry: asyncio.Event) -> N
     if not drained.done():
         drained.cancel()
         await server.drain(0.0)
-
-
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    """Binds the server; returns the address with the real port. Raises ConfigError."""
-    # The umask counts only for a Unix socket: other users could otherwise connect.
-    umask = os.umask(0o177)
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {listen}: {error}") from error
-    finally:
-        os.umask(umask)
-    if listen.startswith("unix:"):
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"
-
-
-def _write_address(run_dir: Path, address: str) -> None:
-    """Tells in `run_dir/address` where the server listens, whole or not at all."""
-    draft = run_dir / "address.draft"
-    draft.write_text(address, encoding="utf-8")
-    draft.replace(run_dir / "address")

@@ -5,31 +5,34 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeAlias, TypeVar, assert_never
+from typing import TypeVar, assert_never
 
 import grpc
 import grpc.aio
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from tokenloom.scheduler.config import SchedulerConfig
+from tokenloom.scheduler.front.boundary import Context, bounded, parse, parsed
 from tokenloom.scheduler.front.chat import TemplateError
 from tokenloom.scheduler.front.errors import (
+    DRAINING,
     Absence,
     InvalidRequest,
     OtherModel,
-    RequestError,
     Unavailable,
     Violation,
-    abort,
-    fault_of,
 )
+from tokenloom.scheduler.front.identity import Identities
+from tokenloom.scheduler.front.journal import Journal
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.load import LoadReports
+from tokenloom.scheduler.front.record import Record
 from tokenloom.scheduler.front.responses import (
     Call,
     admission_response,
@@ -55,30 +58,41 @@ from tokenloom.scheduler.front.validate import (
     validate_tokenize,
 )
 from tokenloom.scheduler.messages import ModelReady, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.v1 import inference_pb2 as pb
 
 MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
 """A little more than the largest prompt that validation lets through."""
+_Request = TypeVar("_Request", bound=Message)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-
-_Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
-_Request = TypeVar("_Request", bound=Message)
 
 
 class InferenceServicer:
     """Serves one model: text here, tokens from the core."""
 
-    def __init__(self, config: SchedulerConfig, text: TextModel, link: CoreLink) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        text: TextModel,
+        link: CoreLink,
+        *,
+        journal: Journal,
+        identities: Identities,
+        reports: LoadReports,
+    ) -> None:
         self._config = config
         self._text = text
         self._link = link
+        self._journal = journal
+        self._identities = identities
+        self._reports = reports
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._draining: Absence | None = None
+        self._is_draining = False
         self.model: ModelReady | Absence = Absence(
             reason="NOT_READY", message="the model is loading"
         )
@@ -88,10 +102,18 @@ class InferenceServicer:
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new requests and waits for the running ones; ends those left after `grace_s`."""
-        self._draining = Absence(reason="DRAINING", message="the server shuts down")
+        self.refuse_all()
         if not await self._idle_within(grace_s):
-            self._link.fail_all(self._draining)
+            self.end_all()
             await self._idle_within(2 * BLOCKED_WRITE_S)
+
+    def refuse_all(self) -> None:
+        """Refuses requests that come from now on."""
+        self._is_draining = True
+
+    def end_all(self) -> None:
+        """Ends the streams that are left, so that they go on elsewhere."""
+        self._link.fail_all(DRAINING)
 
     async def _idle_within(self, limit_s: float) -> bool:
         try:
@@ -114,8 +136,8 @@ class InferenceServicer:
 
     def _limits(self) -> Limits:
         """Returns what the model allows. Raises Unavailable if there is none."""
-        if self._draining is not None:
-            raise Unavailable(self._draining)
+        if self._is_draining:
+            raise Unavailable(DRAINING)
         if isinstance(self.model, Absence):
             raise Unavailable(self.model)
         text = self._text
@@ -140,38 +162,54 @@ class InferenceServicer:
         """Returns the service as a server takes it.
 
         Requests are parsed inside the boundary of each call, so that garbage
-        is refused like any other bad request.
+        is refused like any other bad request, and after its caller is known.
         """
-        unary = grpc.unary_unary_rpc_method_handler
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
-                    _bounded(pb.GenerateRequest, self.generate)
+                    bounded(self.generate, self._reports.trailers)
                 ),
-                "Tokenize": unary(_bounded(pb.TokenizeRequest, self.tokenize)),
-                "Detokenize": unary(_bounded(pb.DetokenizeRequest, self.detokenize)),
-                "GetModel": unary(_bounded(pb.GetModelRequest, self.get_model)),
+                "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
+                "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
+                "GetModel": self._unary(pb.GetModelRequest, self.get_model),
             },
         )
 
-    async def generate(self, request: pb.GenerateRequest, context: _Context) -> None:
-        """Streams one completion."""
-        async with self._running():
-            await self._generate(request, context)
+    def _unary(
+        self,
+        request_type: type[_Request],
+        serve: Callable[[_Request, Context], Awaitable[Message]],
+    ) -> grpc.RpcMethodHandler[bytes, bytes | None]:
+        serve_bytes = parsed(request_type, serve)
 
-    async def tokenize(self, request: pb.TokenizeRequest, _: _Context) -> pb.TokenizeResponse:
+        async def call(data: bytes, context: Context) -> Message | None:
+            self._identities.tenant_of(context)
+            return await serve_bytes(data, context)
+
+        return grpc.unary_unary_rpc_method_handler(bounded(call))
+
+    async def generate(self, data: bytes, context: Context) -> None:
+        """Streams one completion. Whatever comes of the call stands in the journal."""
+        async with self._running():
+            with self._journal.entry(context) as record:
+                tenant = self._identities.tenant_of(context)
+                record.tenant = tenant.name
+                request = parse(pb.GenerateRequest, data)
+                await self._generate(request, context, record, tenant)
+
+    async def tokenize(self, request: pb.TokenizeRequest, _: Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
         prompt = validate_tokenize(request, self._limits())
         return pb.TokenizeResponse(token_ids=await self._tokens(prompt))
 
-    async def detokenize(self, request: pb.DetokenizeRequest, _: _Context) -> pb.DetokenizeResponse:
+    async def detokenize(self, request: pb.DetokenizeRequest, _: Context) -> pb.DetokenizeResponse:
         """Returns the text of token ids."""
         ids, skip_special_tokens = validate_detokenize(request, self._limits())
         text = await self._text.decode(ids, skip_special_tokens=skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
-    async def get_model(self, _: pb.GetModelRequest, __: _Context) -> pb.GetModelResponse:
+    async def get_model(self, _: pb.GetModelRequest, __: Context) -> pb.GetModelResponse:
         """Describes the served model."""
         limits = self._limits()
         return pb.GetModelResponse(
@@ -181,20 +219,26 @@ class InferenceServicer:
             max_model_tokens=limits.max_model_tokens,
             eos_token_ids=limits.eos_token_ids,
             has_chat_template=limits.has_chat_template,
-            server_version=_SERVER_VERSION,
+            server_version=SERVER_VERSION,
             fingerprint=self._fingerprint,
         )
 
     # A stream --------------------------------------------------------------------------------
 
-    async def _generate(self, request: pb.GenerateRequest, context: _Context) -> None:
+    async def _generate(
+        self, request: pb.GenerateRequest, context: Context, record: Record, tenant: Tenant
+    ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
         tokens = await self._tokens(spec.prompt)
         max_tokens = fit(spec, len(tokens), self._limits())  # they may have changed meanwhile
-        stream = self._stream(spec)
+        stream = self._stream(spec, record)
+        record.is_chat = isinstance(spec.prompt, ChatPrompt)
+        record.num_prompt_tokens, record.max_tokens = len(tokens), max_tokens
+        record.sampling, record.priority = spec.sampling, request.priority
+        record.stream = stream
         call = Call(
-            request_id=uuid.uuid4().hex,
+            request_id=record.request_id,
             seed=spec.sampling.seed,
             num_prompt_tokens=len(tokens),
             max_tokens=max_tokens,
@@ -209,8 +253,10 @@ class InferenceServicer:
             tokens=tokens.tobytes(),
             max_tokens=max_tokens,
             sampling=spec.sampling,
-            salt="",
+            salt=tenant.cache_group,
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
+            request_id=call.request_id,
+            tenant=tenant.name,
         )
         try:
             if not stream.is_over:
@@ -228,7 +274,7 @@ class InferenceServicer:
             lambda: stream.resume(beginning, max_tokens=call.max_tokens),
         )
 
-    async def _deliver(self, stream: Stream, call: Call, context: _Context) -> None:
+    async def _deliver(self, stream: Stream, call: Call, context: Context) -> None:
         """Writes a stream's messages. The first write sends the initial metadata with it.
 
         Until then a refusal is trailers alone, which a client's retry policy may
@@ -248,10 +294,15 @@ class InferenceServicer:
                     await stream.write(context.write(delta.SerializeToString()))
                 if piece.pauses:
                     await stream.write(context.write(pause_response().SerializeToString()))
-        finish = finish_response(call, end, num_cached_tokens=num_cached_tokens)
+        finish = finish_response(
+            call,
+            end,
+            num_cached_tokens=num_cached_tokens,
+            gpu_hour_price=self._config.gpu_hour_price,
+        )
         await stream.write(context.write(finish.SerializeToString()))
 
-    def _stream(self, spec: GenerateSpec) -> Stream:
+    def _stream(self, spec: GenerateSpec, record: Record) -> Stream:
         return Stream(
             number=next(self._numbers),
             detokenizer=self._text.detokenizer(skip_special_tokens=spec.skip_special_tokens),
@@ -260,6 +311,7 @@ class InferenceServicer:
             stop_token_ids=frozenset(spec.sampling.stop_token_ids),
             max_buffer_tokens=self._config.max_stream_buffer_tokens,
             on_stop=self._link.stop,
+            on_event=partial(self._journal.mark, record),
         )
 
     async def _tokens(self, prompt: Prompt) -> NDArray[np.int32]:
@@ -278,37 +330,6 @@ class InferenceServicer:
                 assert_never(prompt)
 
 
-def _bounded(
-    request_type: type[_Request],
-    serve: Callable[[_Request, _Context], Awaitable[Message | None]],
-) -> Callable[[bytes, _Context], Awaitable[bytes | None]]:
-    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
-
-    async def call(data: bytes, context: _Context) -> bytes | None:
-        try:
-            response = await serve(_parse(request_type, data), context)
-        except RequestError as error:
-            refusal = error
-        except grpc.aio.InternalError as error:  # gRPC's word for a write to nobody
-            raise asyncio.CancelledError from error
-        except Exception as error:  # noqa: BLE001 - the boundary around each call
-            refusal = fault_of(error)
-        else:
-            return None if response is None else response.SerializeToString()
-        return await abort(context, refusal)
-
-    return call
-
-
-def _parse(request_type: type[_Request], data: bytes) -> _Request:
-    try:
-        return request_type.FromString(data)
-    except DecodeError as error:
-        name = request_type.DESCRIPTOR.full_name
-        violation = Violation(field="request", description=f"is not readable as {name}")
-        raise InvalidRequest([violation], "MALFORMED") from error
-
-
 def _server_version() -> str:
     try:
         return version("tokenloom-scheduler")
@@ -316,4 +337,4 @@ def _server_version() -> str:
         return "checkout"
 
 
-_SERVER_VERSION = _server_version()
+SERVER_VERSION = _server_version()

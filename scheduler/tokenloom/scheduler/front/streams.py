@@ -29,6 +29,7 @@ from tokenloom.scheduler.front.errors import (
     Unavailable,
     fault,
 )
+from tokenloom.scheduler.front.record import Event
 from tokenloom.scheduler.front.resuming import replay
 from tokenloom.scheduler.front.stops import StopScanner
 from tokenloom.scheduler.front.validate import Beginning
@@ -80,8 +81,12 @@ class Stream:
         stop_token_ids: frozenset[int],
         max_buffer_tokens: int,
         on_stop: Callable[[int, int], None],
+        on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
-        """`on_stop(number, num_tokens)` is called when the text held a stop string."""
+        """`on_stop(number, num_tokens)` is called when the text held a stop string.
+
+        `on_event` is told what happens, but for the tokens: of these only the first.
+        """
         self.number = number
         self.error: RequestError | None = None
         self._detokenizer = detokenizer
@@ -90,13 +95,17 @@ class Stream:
         self._stop_token_ids = stop_token_ids
         self._max_buffer_tokens = max_buffer_tokens
         self._on_stop = on_stop
+        self._on_event = on_event
+        self._next_token_means: tuple[Event, ...] = (Event.FIRST_TOKEN,)
 
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Of the completion, as far as they came."""
         self._pending: list[int] = []
         self._pending_logprobs: list[TokenLogprobs] = []
         self._pending_text = ""
         self._stop_string: str | None = None
-        self._num_cached_tokens: int | None = None
+        self.num_cached_tokens: int | None = None
+        """None: the request has no place so far."""
         self._finished: Finished | None = None
         self._pauses = False
         self.is_over = False
@@ -118,7 +127,7 @@ class Stream:
             min_tokens=self._min_tokens,
             max_tokens=max_tokens,
         )
-        self._num_tokens = len(beginning.token_ids)
+        self.num_tokens = len(beginning.token_ids)
         self._pending_text = replayed.rest
         self._stop_string = replayed.stop_string
         if replayed.reason is not None:
@@ -128,7 +137,7 @@ class Stream:
                     stream=self.number,
                     reason=replayed.reason,
                     stop_token_id=replayed.stop_token_id,
-                    num_completion_tokens=self._num_tokens,
+                    num_completion_tokens=self.num_tokens,
                     queue_s=None,
                     prefill_s=None,
                     decode_s=None,
@@ -144,7 +153,8 @@ class Stream:
 
     def admit(self, num_cached_tokens: int) -> None:
         """The request got its place."""
-        self._num_cached_tokens = num_cached_tokens
+        self.num_cached_tokens = num_cached_tokens
+        self._on_event(Event.ADMITTED)
         self._wake()
 
     def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
@@ -152,7 +162,9 @@ class Stream:
         if self._stop_string is not None or self.error is not None:
             return  # was under way when the stream ended
         self._pauses = False  # it was over before the client heard of it
-        self._num_tokens += 1
+        if self._next_token_means:
+            self._tell_token()
+        self.num_tokens += 1
         self._pending.append(token)
         if logprobs is not None:
             self._pending_logprobs.append(logprobs)
@@ -165,10 +177,17 @@ class Stream:
 
     def pause(self) -> None:
         """The model is lost; the stream goes on when it is loaded again."""
-        if self._num_cached_tokens is None or self.is_over or self._stop_string is not None:
+        if self.num_cached_tokens is None or self.is_over or self._stop_string is not None:
             return
         self._pauses = True
+        self._on_event(Event.MODEL_LOST)
+        if Event.RECOVERED not in self._next_token_means:
+            self._next_token_means = (Event.RECOVERED, *self._next_token_means)
         self._wake()
+
+    def preempt(self) -> None:
+        """The request lost its place for a while; the stream goes on when it has one again."""
+        self._on_event(Event.PREEMPTED)
 
     def finish(self, finished: Finished) -> None:
         """The core's last word on the request."""
@@ -189,6 +208,12 @@ class Stream:
             asyncio.get_running_loop().call_later(BLOCKED_WRITE_S, self._interrupt, self._writer)
         self._wake()
 
+    def _tell_token(self) -> None:
+        """Tells what a token means that is not just one more."""
+        for event in self._next_token_means:
+            self._on_event(event)
+        self._next_token_means = ()
+
     def _interrupt(self, writer: asyncio.Task[object]) -> None:
         if self._writer is writer:
             writer.cancel()
@@ -196,14 +221,14 @@ class Stream:
     def _conclude(self, finished: Finished) -> None:
         if finished.reason is FinishReason.NO_ROOM:
             self.fail(Unavailable(NO_ROOM))
-        elif self._num_cached_tokens is None:
+        elif self.num_cached_tokens is None:
             self.fail(EndedByOperator())
         elif finished.reason is FinishReason.FAULT:
             self.fail(fault("the model's numbers are not finite", "MODEL_FAULT"))
         elif finished.reason is FinishReason.CRASH:
             self.fail(fault("the request broke its worker, also alone", "MODEL_CRASH"))
-        elif self._stop_string is None and finished.num_completion_tokens != self._num_tokens:
-            what = f"{self._num_tokens} of {finished.num_completion_tokens} tokens came"
+        elif self._stop_string is None and finished.num_completion_tokens != self.num_tokens:
+            what = f"{self.num_tokens} of {finished.num_completion_tokens} tokens came"
             self.fail(fault(what, "TOKENS_LOST"))
         elif self._scanner is not None and self._stop_string is None:
             self._scan_text(self._scanner, self._detokenizer.flush())
@@ -214,10 +239,10 @@ class Stream:
             return
         self._scan_text(scanner, self._detokenizer.feed((token,)))
         if self._stop_string is not None:
-            self._on_stop(self.number, self._num_tokens)
+            self._on_stop(self.number, self.num_tokens)
 
     def _scan_text(self, scanner: StopScanner, text: str) -> None:
-        final, match = scanner.feed(text, may_stop=self._num_tokens >= self._min_tokens)
+        final, match = scanner.feed(text, may_stop=self.num_tokens >= self._min_tokens)
         self._pending_text += final
         self._stop_string = match
 
@@ -230,12 +255,12 @@ class Stream:
 
     async def admitted(self) -> int:
         """Waits for the place; returns num_cached_tokens. Raises the stream's error."""
-        while self.error is None and self._num_cached_tokens is None:
+        while self.error is None and self.num_cached_tokens is None:
             await self._wait()
         if self.error is not None:
             raise self.error
-        assert self._num_cached_tokens is not None
-        return self._num_cached_tokens
+        assert self.num_cached_tokens is not None
+        return self.num_cached_tokens
 
     async def ready(self) -> None:
         """Waits until there is something to write, or an error."""
@@ -251,7 +276,7 @@ class Stream:
         text = self._take_text(token_ids)
         pauses, self._pauses = self._pauses, False
         return Piece(
-            first_index=self._num_tokens - len(token_ids),
+            first_index=self.num_tokens - len(token_ids),
             token_ids=token_ids,
             text=text,
             logprobs=logprobs,
@@ -270,17 +295,20 @@ class Stream:
         return text if self._finished is None else text + self._detokenizer.flush()
 
     def _end(self) -> End | None:
-        finished = self._finished
-        if finished is None:
-            return None
-        if self._stop_string is not None:  # the core may have gone on, or ended otherwise
-            finished = msgspec.structs.replace(
-                finished,
-                reason=FinishReason.STOP_STRING,
-                stop_token_id=None,
-                num_completion_tokens=self._num_tokens,
-            )
-        return End(finished=finished, stop_string=self._stop_string)
+        finished = self.finished
+        return None if finished is None else End(finished=finished, stop_string=self._stop_string)
+
+    @property
+    def finished(self) -> Finished | None:
+        """The core's last word on the request, as the text has it; None: it has not come."""
+        if self._finished is None or self._stop_string is None:
+            return self._finished
+        return msgspec.structs.replace(  # the core may have gone on, or ended otherwise
+            self._finished,
+            reason=FinishReason.STOP_STRING,
+            stop_token_id=None,
+            num_completion_tokens=self.num_tokens,
+        )
 
     async def write(self, write: Awaitable[None]) -> None:
         """Waits for a write to the client. Raises the stream's error if it ends meanwhile."""

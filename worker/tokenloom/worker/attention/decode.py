@@ -31,12 +31,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenloom.wire.messages import MAX_NUM_REQUESTS
 from tokenloom.worker.attention.base import Pages, Spans
 from tokenloom.worker.attention.coded import exponent_of, reciprocal_of, wide_type, widen_halves
 from tokenloom.worker.kernels.overlap import overlaps, wait_for_previous
 
 _LOG2_E = 1.4426950408889634
-_SPAN_STEPS = (16, 128, 1024, 8192)
+_SPAN_STEPS = (16, 128, 1024, MAX_NUM_REQUESTS)
 """Kernels are compiled for steps of up to so many spans."""
 
 
