@@ -15,6 +15,8 @@ INSTALLED_DEV := $(VENV)/installed-dev
 
 PROTOS := $(wildcard protos/tokenloom/v1/*.proto)
 GENERATED := build/gen
+# What Envoy turns into JSON: the API, and the messages in which a status is explained.
+DESCRIBED := tokenloom/v1/inference.proto google/rpc/status.proto google/rpc/error_details.proto
 BUF_VERSION := 1.75.0
 BUF := $(VENV)/buf-$(BUF_VERSION)/node_modules/.bin/buf
 PROMETHEUS := $(VENV)/prometheus
@@ -77,12 +79,14 @@ check-protos: $(BUF)
 check-generated: generated
 	@diff -qr -x __init__.py -x __pycache__ -x py.typed -x '*.proto' protos/tokenloom/v1 $(GENERATED)/tokenloom/v1 \
 	|| { echo "generated code is stale: run make gen"; exit 1; }
+	@diff -q deploy/envoy/tokenloom.pb $(GENERATED)/tokenloom.pb || { echo "the descriptors for Envoy are stale: run make gen"; exit 1; }
 	@echo "generated code is up to date"
 
 .PHONY: gen
-gen: generated ## Generate the Python code of the proto files
+gen: generated ## Generate the Python code of the proto files, and their descriptors for Envoy
 	rm -f protos/tokenloom/v1/*_pb2*
 	cp $(GENERATED)/tokenloom/v1/* protos/tokenloom/v1/
+	cp $(GENERATED)/tokenloom.pb deploy/envoy/
 
 # Into a folder of its own: a mistake in a proto file leaves the last good code in place.
 .PHONY: generated
@@ -92,6 +96,8 @@ generated: $(INSTALLED_DEV)
 		--python_out=$(GENERATED) --mypy_out=quiet:$(GENERATED) $(PROTOS)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m grpc_tools.protoc -Iprotos \
 		--grpc_python_out=$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED) $$(grep -l '^service ' $(PROTOS))
+	@$(BIN)/python -m grpc_tools.protoc -Iprotos -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		--include_imports --descriptor_set_out=$(GENERATED)/tokenloom.pb $(DESCRIBED)
 
 # What the images install. triton is torch's own choice there; the tests pin another one for its interpreter.
 # The build of torch for CPUs is on no default package index: TORCH_CPU is a folder or a page that has it.

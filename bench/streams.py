@@ -1,7 +1,7 @@
 """Streams through gRPC with a fake worker: what everything around the GPU can carry.
 
     python bench/streams.py [--streams 1 64 256 1000] [--fronts 1] [--step-ms 5] [--seconds 10]
-        [--metrics]
+                            [--tls CERT KEY CA] [--metrics]
 
 Starts fronts on the pocket model's tokenizer, a core and a fake worker that
 steps every --step-ms, and loads them with `tokenloom bench`.
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="of clients")
     parser.add_argument("--tokens", default="256:768", help="that a stream asks for: N or A:B")
     parser.add_argument("--spin-us", type=int, help="of core and worker (default: by the host)")
+    parser.add_argument("--tls", nargs=3, metavar=("CERT", "KEY", "CA"), help="files; over TLS")
     parser.add_argument("--metrics", action="store_true", help="core and fronts write theirs")
     options = parser.parse_args()
     for num_streams in options.streams:
@@ -63,6 +64,7 @@ def measure(
 ) -> dict[str, Any]:
     """Returns the figures for one number of streams, with processes of their own."""
     vocab_size = json.loads((MODEL / "config.json").read_text())["vocab_size"]
+    cert, key, ca = options.tls or ("", "", "")
     with ExitStack() as stack:
         config = SchedulerConfig(
             model=str(MODEL),
@@ -73,6 +75,8 @@ def measure(
             num_fronts=num_fronts,
             max_num_requests=max(256, num_streams),
             spin_us=options.spin_us,
+            tls_cert=cert,
+            tls_key=key,
             metrics_listen="127.0.0.1:0" if options.metrics else "",
         )
         Path(config.metrics_dir).mkdir()
@@ -99,6 +103,7 @@ def measure(
                     *("--input", NUM_PROMPT_TOKENS, "--output", options.tokens),
                     *("--temperature", 1, "--seconds", options.seconds),
                     *("--warmup-s", options.seconds / 2),
+                    *(("--tls-ca", ca) if ca else ()),
                 ),
                 stdout=subprocess.PIPE,
             )

@@ -10,10 +10,11 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -24,6 +25,7 @@ from tokenloom.client import Client, Options, Result, Resume, TokenloomError, Un
 POCKET = Path(__file__).parents[2] / "models" / "pocket"
 NUM_STREAMS = 32
 VOCAB_SIZE = 300
+CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200)]
 FAKE_OPTIONS = ("--step-ms=4", f"--vocab-size={VOCAB_SIZE}", "--load-s=0.3")
 
 
@@ -134,9 +136,11 @@ class Replicas:
     stays: Server
     cases: list[Case]
 
-    def target(self, *others: Server) -> str:
-        """Names the others first: gRPC takes the first that answers."""
-        return "ipv4:" + ",".join(server.address for server in (*others, self.stays))
+
+def channel_to_first(*servers: Server) -> AbstractContextManager[grpc.Channel]:
+    """Returns a channel that takes the first that answers, where the SDK's own shares them all."""
+    addresses = ",".join(server.address for server in servers)
+    return grpc.insecure_channel(f"ipv4:{addresses}", options=CHANNEL_OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +207,8 @@ def check_that_streams_go_on(
             harm(server)
 
         crowd = Crowd(cases=replicas.cases)
-        with Client(replicas.target(server)) as client:
-            crowd.run(client, do)
+        with channel_to_first(server, replicas.stays) as channel:
+            crowd.run(Client(channel), do)
     crowd.assert_undisturbed()
     replicas.stays.assert_unharmed()
     assert replicas.stays.inspect().num_steps > before
@@ -217,6 +221,25 @@ def test_streams_of_a_scheduler_that_dies_go_on_at_another(
     replicas: Replicas, harm: Callable[[Server], None], num_tokens: int
 ) -> None:
     check_that_streams_go_on(replicas, harm, num_tokens)
+
+
+@pytest.mark.parametrize("replicas", ["fake"], indirect=True)
+@pytest.mark.parametrize("harm", [kill_supervisor, drain])
+def test_streams_that_replicas_share_all_end_at_the_one_that_stays(
+    replicas: Replicas, harm: Callable[[Server], None]
+) -> None:
+    with replicas.start("--grace-s=0") as server:
+        server.client().close()
+
+        def do(crowd: Crowd) -> None:
+            wait_until(lambda: min(crowd.num_tokens) >= 5, 120)
+            assert server.inspect().num_running > NUM_STREAMS // 4
+            harm(server)
+
+        crowd = Crowd(cases=replicas.cases)
+        with Client([server.address, replicas.stays.address]) as client:
+            crowd.run(client, do)
+    crowd.assert_undisturbed()
 
 
 @pytest.mark.parametrize("replicas", ["the pocket model"], indirect=True)
@@ -254,8 +277,8 @@ def test_without_resumption_the_transport_error_reaches_the_caller(replicas: Rep
             server.scheduler.kill()
 
         crowd = Crowd(cases=replicas.cases)
-        with Client(replicas.target(server), resume=None) as client:
-            crowd.run(client, kill)
+        with channel_to_first(server, replicas.stays) as channel:
+            crowd.run(Client(channel, resume=None), kill)
     assert crowd.results == {}
     for error in crowd.errors.values():
         assert isinstance(error, Unavailable)
@@ -274,8 +297,8 @@ def test_a_replica_with_another_model_does_not_go_on(replicas: Replicas, checkpo
             server.scheduler.kill()
 
         crowd = Crowd(cases=replicas.cases)
-        with Client(f"ipv4:{server.address},{other.address}") as client:
-            crowd.run(client, kill)
+        with channel_to_first(server, other) as channel:
+            crowd.run(Client(channel), kill)
         assert len(crowd.errors) == NUM_STREAMS
         for error in crowd.errors.values():
             assert isinstance(error, Unavailable)

@@ -25,7 +25,7 @@ from tests.client.scripted import (
     hello,
     serving,
 )
-from tokenloom.client import TLS, AccessDenied, AsyncClient, Client, Unavailable
+from tokenloom.client import TLS, AccessDenied, AsyncClient, Cancelled, Client, Unavailable
 from tokenloom.client.access import Access, is_local
 from tokenloom.v1 import inference_pb2 as pb
 
@@ -233,6 +233,16 @@ def rotate_under_load(place: Place, num_done: list[int], done: threading.Event) 
         while sum(num_done) < before + 8:
             assert not done.wait(0.001)
     done.set()
+
+
+def test_a_client_that_is_closed_opens_nothing_for_new_certificates(place: Place) -> None:
+    with secured(place, Seen()) as server:
+        client = Client(server.address, credentials=place.tls)
+        assert client.generate("a").text() == "Hello"
+        client.close()
+        place.rotate(NEW_ID)
+        with pytest.raises(Cancelled, match="the client is closed"):
+            client.generate("a").text()
 
 
 @pytest.mark.parametrize("kind", ["threads", "asyncio"])

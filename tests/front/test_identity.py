@@ -112,10 +112,22 @@ async def test_the_core_hears_whose_request_it_is(guarded: Front) -> None:
     assert [submit.tenant for submit in guarded.core.submits] == ["search", "batch", "search"]
 
 
+async def test_cached_prompts_are_found_within_a_group_of_tenants_alone(
+    guarded: Front, path: Path
+) -> None:
+    shared, own = new_token(), new_token()
+    text = tenants_text(search=SEARCH, shared=shared, own=own)
+    put(path, text.replace("[tenants.shared]", '[tenants.shared]\ncache_group = "search"').encode())
+    guarded.server._identities._file.refresh()  # type: ignore[union-attr]
+    for token in (SEARCH, shared, own):
+        await generate(guarded.server.address, None, metadata=bearer(token))
+    assert [submit.salt for submit in guarded.core.submits] == ["search", "search", "own"]
+
+
 async def test_without_a_tenants_file_everybody_is_nobody(front: Front) -> None:
     await generate(front.server.address, None)
     await generate(front.server.address, None, metadata=bearer("whatever"))
-    assert [submit.tenant for submit in front.core.submits] == ["", ""]
+    assert [(submit.tenant, submit.salt) for submit in front.core.submits] == [("", "")] * 2
 
 
 async def test_a_caller_without_identity_is_refused_in_every_method(guarded: Front) -> None:

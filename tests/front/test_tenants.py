@@ -172,7 +172,9 @@ def test_a_folder_swapped_under_a_link_as_kubernetes_does_it_is_read_again(tmp_p
     assert file.tenants.by_name.keys() == {"two"}
 
 
-@pytest.mark.parametrize("broken", ["[tenants", "[tenants.a]\nweight = -1", ""])
+@pytest.mark.parametrize(
+    "broken", ["[tenants", "[tenants.a]\nweight = -1", "", f"a = {'[' * 100_000}"]
+)
 def test_a_broken_new_file_leaves_the_old_one_in_force_and_is_logged_once(
     path: Path, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:

@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 
 from tokenloom.client.access import PLAIN, TLS, Access, Token
+from tokenloom.client.channels import ServerTarget
 from tokenloom.client.completion import Completion
 from tokenloom.client.errors import TokenloomError
 from tokenloom.client.grpc_transport import AsyncGrpcTransport
@@ -45,7 +46,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        target: str | grpc.aio.Channel | AsyncTransport,
+        target: ServerTarget | grpc.aio.Channel | AsyncTransport,
         *,
         credentials: TLS | grpc.ChannelCredentials | None = None,
         token: Token | None = None,
@@ -53,11 +54,11 @@ class AsyncClient:
         resume: Resume | None = DEFAULT_RESUME,
     ) -> None:
         access = Access(credentials=credentials, token=token, insecure=insecure)
-        if access != PLAIN and not isinstance(target, str):
+        if access != PLAIN and not isinstance(target, str | Sequence):
             raise TypeError(
                 "credentials go with an address, and so does a token; a channel has its own"
             )
-        if isinstance(target, str | grpc.aio.Channel):
+        if isinstance(target, str | Sequence | grpc.aio.Channel):
             self._transport: AsyncTransport = AsyncGrpcTransport(target, access=access)
         elif isinstance(target, AsyncTransport):
             self._transport = target
@@ -66,16 +67,26 @@ class AsyncClient:
         self._resume = resume
 
     def generate(
-        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        session: str | None = None,
+        **options: Unpack[Options],
     ) -> AsyncStream:
         """Starts the completion of a prompt: text as it stands, or token ids."""
-        return self._start(text_request(prompt, options), timeout_s)
+        return self._start(text_request(prompt, options), timeout_s, session)
 
     def chat(
-        self, messages: ChatMessages, *, timeout_s: float | None = None, **options: Unpack[Options]
+        self,
+        messages: ChatMessages,
+        *,
+        timeout_s: float | None = None,
+        session: str | None = None,
+        **options: Unpack[Options],
     ) -> AsyncStream:
         """Starts the answer to a chat, in the form of the served checkpoint's template."""
-        return self._start(chat_request(messages, options), timeout_s)
+        return self._start(chat_request(messages, options), timeout_s, session)
 
     async def tokenize(self, text: str, *, timeout_s: float | None = None) -> list[int]:
         """Returns the token ids that `generate` uses for a text."""
@@ -125,11 +136,17 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _start(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
+    def _start(
+        self, request: pb.GenerateRequest, timeout_s: float | None, session: str | None
+    ) -> AsyncStream:
         if self._resume is None:
-            return AsyncStream(self._transport.generate_async(request, timeout_s=timeout_s))
+            return AsyncStream(
+                self._transport.generate_async(request, timeout_s=timeout_s, session=session)
+            )
         return AsyncStream(
-            AsyncResumingStream(self._transport, request, self._resume, timeout_s=timeout_s)
+            AsyncResumingStream(
+                self._transport, request, self._resume, timeout_s=timeout_s, session=session
+            )
         )
 
 

@@ -18,6 +18,7 @@ from typing import Self, Unpack
 import grpc
 
 from tokenloom.client.access import PLAIN, TLS, Access, Token
+from tokenloom.client.channels import ServerTarget
 from tokenloom.client.completion import Completion
 from tokenloom.client.errors import TokenloomError
 from tokenloom.client.grpc_transport import GrpcTransport
@@ -36,17 +37,18 @@ from tokenloom.v1 import inference_pb2 as pb
 
 
 class Client:
-    """Talks to one tokenloom server, or to several behind one name. Safe to share by threads.
+    """Talks to one tokenloom server, or to replicas. Safe to share by threads.
 
-    `target` is an address as gRPC writes it (`host:port`, `unix:/path`, `dns:///name:port`), a
-    channel, which stays the caller's to close, or another transport, such as
-    `tokenloom.client.testing.FakeServer`. The connection is made when it is first needed and
-    made again when it breaks.
+    `target` is the address of a server as gRPC writes it (`host:port`, `unix:/path`); or replicas,
+    over which calls are spread by what each could still take: `dns:///name:port` for all addresses
+    behind a name, or a list of `IP:port`. Or it is a channel, which stays the caller's to close, or
+    another transport, such as `tokenloom.client.testing.FakeServer`. Connections are made when they
+    are first needed and made again when they break.
 
     `credentials` turns on TLS: a `TLS` names files, which are read again when they change, and
     credentials of gRPC are used as they are. `token` is a bearer token, or the path of a file that
     holds it and may change, too; in plaintext it goes nowhere but to this host, unless `insecure`.
-    Raises ValueError for files that cannot be used.
+    Raises ValueError for files that cannot be used, and for a list that cannot be one target.
 
     Every method raises TokenloomError. `timeout_s` is the time that a whole call may take; the
     server knows it too, and stops to work for a call whose time is over. None: no limit.
@@ -54,11 +56,15 @@ class Client:
     A completion whose server goes away is resumed on another one behind `target`, or on the same
     one when it is back: its stream pauses and goes on with the next token. `resume` says how
     patiently; None: the error reaches the caller, as it does wherever the model is another one.
+
+    Completions of one `session`, any text such as a user's or a document's id, go to one of the
+    replicas in a list as long as it takes them: its cache has what their prompts begin with. A
+    proxy finds the session's digest in the metadata `tokenloom-session`.
     """
 
     def __init__(
         self,
-        target: str | grpc.Channel | Transport,
+        target: ServerTarget | grpc.Channel | Transport,
         *,
         credentials: TLS | grpc.ChannelCredentials | None = None,
         token: Token | None = None,
@@ -66,11 +72,11 @@ class Client:
         resume: Resume | None = DEFAULT_RESUME,
     ) -> None:
         access = Access(credentials=credentials, token=token, insecure=insecure)
-        if access != PLAIN and not isinstance(target, str):
+        if access != PLAIN and not isinstance(target, str | Sequence):
             raise TypeError(
                 "credentials go with an address, and so does a token; a channel has its own"
             )
-        if isinstance(target, str | grpc.Channel):
+        if isinstance(target, str | Sequence | grpc.Channel):
             self._transport: Transport = GrpcTransport(target, access=access)
         elif isinstance(target, Transport):
             self._transport = target
@@ -79,16 +85,26 @@ class Client:
         self._resume = resume
 
     def generate(
-        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        session: str | None = None,
+        **options: Unpack[Options],
     ) -> Stream:
         """Starts the completion of a prompt: text as it stands, or token ids."""
-        return self._start(text_request(prompt, options), timeout_s)
+        return self._start(text_request(prompt, options), timeout_s, session)
 
     def chat(
-        self, messages: ChatMessages, *, timeout_s: float | None = None, **options: Unpack[Options]
+        self,
+        messages: ChatMessages,
+        *,
+        timeout_s: float | None = None,
+        session: str | None = None,
+        **options: Unpack[Options],
     ) -> Stream:
         """Starts the answer to a chat, in the form of the served checkpoint's template."""
-        return self._start(chat_request(messages, options), timeout_s)
+        return self._start(chat_request(messages, options), timeout_s, session)
 
     def tokenize(self, text: str, *, timeout_s: float | None = None) -> list[int]:
         """Returns the token ids that `generate` uses for a text."""
@@ -134,10 +150,16 @@ class Client:
     ) -> None:
         self.close()
 
-    def _start(self, request: pb.GenerateRequest, timeout_s: float | None) -> Stream:
+    def _start(
+        self, request: pb.GenerateRequest, timeout_s: float | None, session: str | None
+    ) -> Stream:
         if self._resume is None:
-            return Stream(self._transport.generate(request, timeout_s=timeout_s))
-        return Stream(ResumingStream(self._transport, request, self._resume, timeout_s=timeout_s))
+            return Stream(self._transport.generate(request, timeout_s=timeout_s, session=session))
+        return Stream(
+            ResumingStream(
+                self._transport, request, self._resume, timeout_s=timeout_s, session=session
+            )
+        )
 
 
 class Stream:

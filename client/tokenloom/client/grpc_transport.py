@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
 
 from tokenloom.client.access import PLAIN, Access
+from tokenloom.client.affinity import Affinity, Visit, session_metadata
+from tokenloom.client.channels import Route, ServerTarget, route_to, route_to_replica
 from tokenloom.client.errors import Cancelled, DeadlineExceeded, TokenloomError
 from tokenloom.client.renewing import open_aio_channel, open_channel
 from tokenloom.client.status import error_from_status
@@ -25,23 +27,6 @@ if TYPE_CHECKING:
 
 _Response = TypeVar("_Response")
 
-_OPTIONS: list[tuple[str, int]] = [
-    # Connections are what a port spreads over its processes, and gRPC lets all channels of a
-    # process with the same target share one.
-    ("grpc.use_local_subchannel_pool", 1),
-    # A peer that vanished without a word is noticed within 40 s of a running call. Servers
-    # close connections that ping more often than they allow; tokenloom's allow 10 s.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # without it a half-open peer is not noticed
-    # A server that is started again is found at once, not after gRPC's two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 5_000),  # what an attempt to connect may take
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-    # Token ids of the longest prompt, where gRPC's own bound is 4 MiB.
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-]
-
 _WATCH = "/grpc.health.v1.Health/Watch"
 _WATCH_REQUEST = b""  # HealthCheckRequest with service = "": the server as a whole
 _SERVING = b"\x08\x01"  # HealthCheckResponse with status (field 1) = SERVING (1)
@@ -49,24 +34,37 @@ _WATCH_PAUSE_S = 0.1  # between two attempts; gRPC itself paces the connecting
 
 
 class GrpcTransport:
-    """Carries a `Client`'s calls over a channel, which it closes only if it opened it."""
+    """Carries a `Client`'s calls over channels, which it closes only if it opened them."""
 
-    def __init__(self, target: str | grpc.Channel, *, access: Access = PLAIN) -> None:
-        """Raises ValueError for an access that cannot be had."""
-        self._owns_channel = isinstance(target, str)
-        if not isinstance(target, str):
+    def __init__(self, target: ServerTarget | grpc.Channel, *, access: Access = PLAIN) -> None:
+        """Raises ValueError for a target or an access that cannot be had."""
+        self._access = access
+        self._opened: list[grpc.Channel] = []
+        self._replicas: dict[str, InferenceStub] = {}
+        if isinstance(target, grpc.Channel):
             self._channel = target
+            self._affinity = Affinity(())
         else:
-            self._channel = open_channel(target, _OPTIONS, access)
+            route = route_to(target)
+            self._channel = self._open(route)
+            self._affinity = Affinity(route.replicas)
         self._stub = InferenceStub(self._channel)
 
-    def generate(self, request: pb.GenerateRequest, *, timeout_s: float | None) -> _GrpcStream:
+    def generate(
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
+    ) -> _GrpcStream:
         """Starts a Generate call."""
-        try:
-            call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
-        except ValueError as error:  # gRPC's word for a channel that is closed
-            raise Cancelled("the client is closed") from error
-        return _GrpcStream(call)
+        remaining_s = _countdown(timeout_s)
+        metadata = (*trace_metadata(), *session_metadata(session))
+
+        def start(replica: str | None) -> _Call:
+            try:
+                stub = self._stub if replica is None else self._replica(replica)
+                return stub.Generate(request, timeout=remaining_s(), metadata=metadata)
+            except ValueError as error:  # gRPC's word for a channel that is closed
+                raise Cancelled("the client is closed") from error
+
+        return _GrpcStream(start, Visit(self._affinity, session))
 
     def tokenize(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None
@@ -107,9 +105,19 @@ class GrpcTransport:
             time.sleep(_WATCH_PAUSE_S)
 
     def close(self) -> None:
-        """Ends running calls and closes the channel, unless it was given."""
-        if self._owns_channel:
-            self._channel.close()
+        """Ends running calls and closes the channels, except one that was given."""
+        for channel in self._opened:
+            channel.close()
+
+    def _open(self, route: Route) -> grpc.Channel:
+        channel = open_channel(route.target, route.options, self._access)
+        self._opened.append(channel)
+        return channel
+
+    def _replica(self, address: str) -> InferenceStub:
+        if address not in self._replicas:
+            self._replicas[address] = InferenceStub(self._open(route_to_replica(address)))
+        return self._replicas[address]
 
 
 class _Call(Protocol):
@@ -121,41 +129,66 @@ class _Call(Protocol):
 
 
 class _GrpcStream:
-    def __init__(self, call: _Call) -> None:
-        self._call = call
+    def __init__(self, start: Callable[[str | None], _Call], visit: Visit) -> None:
+        self._start = start
+        self._visit = visit
+        self._call = start(visit.replica)
+        self._is_cancelled = False
 
     def read(self) -> pb.GenerateResponse | None:
-        with _translated():
-            return next(self._call, None)
+        while True:
+            try:
+                with _translated():
+                    message = next(self._call, None)
+            except TokenloomError as error:
+                if self._is_cancelled or not self._visit.moves_on(error):
+                    raise
+                self._call = self._start(self._visit.replica)
+                if self._is_cancelled:  # while the call began: `cancel` may have ended the last one
+                    self._call.cancel()
+            else:
+                self._visit.stays()
+                return message
 
     def cancel(self) -> None:
+        self._is_cancelled = True
         self._call.cancel()
 
 
 class AsyncGrpcTransport:
-    """Carries an `AsyncClient`'s calls over a channel, which it closes only if it opened it.
+    """Carries an `AsyncClient`'s calls over channels, which it closes only if it opened them.
 
-    A channel belongs to an event loop, so it is opened by the first call.
+    A channel belongs to an event loop, so it is opened by its first call.
     """
 
-    def __init__(self, target: str | grpc.aio.Channel, *, access: Access = PLAIN) -> None:
-        """Raises ValueError for an access that cannot be had."""
-        self._target = target
+    def __init__(self, target: ServerTarget | grpc.aio.Channel, *, access: Access = PLAIN) -> None:
+        """Raises ValueError for a target or an access that cannot be had."""
         self._access = access
-        if isinstance(target, str):
-            access.check(target)
-        self._opened: grpc.aio.Channel | None = None
+        self._opened: list[grpc.aio.Channel] = []
+        self._replicas: dict[str, InferenceAsyncStub] = {}
         self._cached_stub: InferenceAsyncStub | None = None
+        self._target = target if isinstance(target, grpc.aio.Channel) else route_to(target)
+        if isinstance(self._target, Route):
+            access.check(self._target.target)
+            self._affinity = Affinity(self._target.replicas)
+        else:
+            self._affinity = Affinity(())
 
     def generate_async(
-        self, request: pb.GenerateRequest, *, timeout_s: float | None
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
     ) -> _AsyncGrpcStream:
         """Starts a Generate call in the running event loop."""
-        try:
-            call = self._stub().Generate(request, timeout=timeout_s, metadata=trace_metadata())
-        except grpc.aio.UsageError as error:  # gRPC's word for a channel that is closed
-            raise Cancelled("the client is closed") from error
-        return _AsyncGrpcStream(call)
+        remaining_s = _countdown(timeout_s)
+        metadata = (*trace_metadata(), *session_metadata(session))
+
+        def start(replica: str | None) -> _AsyncCall:
+            try:
+                stub = self._stub() if replica is None else self._replica(replica)
+                return stub.Generate(request, timeout=remaining_s(), metadata=metadata)
+            except grpc.aio.UsageError as error:  # gRPC's word for a channel that is closed
+                raise Cancelled("the client is closed") from error
+
+        return _AsyncGrpcStream(start, Visit(self._affinity, session))
 
     async def tokenize_async(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None
@@ -194,32 +227,51 @@ class AsyncGrpcTransport:
             await asyncio.sleep(_WATCH_PAUSE_S)
 
     async def close_async(self) -> None:
-        """Ends running calls and closes the channel, unless it was given."""
-        if self._opened is not None:
-            await self._opened.close(grace=None)
+        """Ends running calls and closes the channels, except one that was given."""
+        for channel in self._opened:
+            await channel.close(grace=None)
 
     def _channel(self) -> grpc.aio.Channel:
-        if not isinstance(self._target, str):
-            return self._target
-        if self._opened is None:
-            self._opened = open_aio_channel(self._target, _OPTIONS, self._access)
-        return self._opened
+        if isinstance(self._target, Route):
+            self._target = self._open(self._target)
+        return self._target
+
+    def _open(self, route: Route) -> grpc.aio.Channel:
+        channel = open_aio_channel(route.target, route.options, self._access)
+        self._opened.append(channel)
+        return channel
 
     def _stub(self) -> InferenceAsyncStub:
         if self._cached_stub is None:
             self._cached_stub = InferenceStub(self._channel())
         return self._cached_stub
 
+    def _replica(self, address: str) -> InferenceAsyncStub:
+        if address not in self._replicas:
+            self._replicas[address] = InferenceStub(self._open(route_to_replica(address)))
+        return self._replicas[address]
+
+
+_AsyncCall: TypeAlias = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
+
 
 class _AsyncGrpcStream:
-    def __init__(
-        self, call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
-    ) -> None:
-        self._call = call
+    def __init__(self, start: Callable[[str | None], _AsyncCall], visit: Visit) -> None:
+        self._start = start
+        self._visit = visit
+        self._call = start(visit.replica)
 
     async def read(self) -> pb.GenerateResponse | None:
-        message = await _awaited(self._call.read())
-        return None if message is grpc.aio.EOF else cast("pb.GenerateResponse", message)
+        while True:
+            try:
+                message = await _awaited(self._call.read())
+            except TokenloomError as error:
+                if not self._visit.moves_on(error):
+                    raise
+                self._call = self._start(self._visit.replica)
+            else:
+                self._visit.stays()
+                return None if message is grpc.aio.EOF else cast("pb.GenerateResponse", message)
 
     def cancel(self) -> None:
         self._call.cancel()

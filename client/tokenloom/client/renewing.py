@@ -36,11 +36,8 @@ def open_channel(target: str, options: ChannelOptions, access: Access) -> grpc.C
     """
     access.check(target)
     options = (*options, *access.options)
-    credentials = access.credentials
-    if access.token is None and not isinstance(credentials, TLS):
-        if credentials is None:
-            return grpc.insecure_channel(target, options=options)
-        return grpc.secure_channel(target, credentials, options=options)
+    if access.token is None and not isinstance(access.credentials, TLS):
+        return _plain(target, options, access.credentials)
     return cast("grpc.Channel", _Channel(target, options, access))
 
 
@@ -48,12 +45,25 @@ def open_aio_channel(target: str, options: ChannelOptions, access: Access) -> gr
     """Returns a channel for the running event loop. Raises as `open_channel` does."""
     access.check(target)
     options = (*options, *access.options)
-    credentials = access.credentials
-    if access.token is None and not isinstance(credentials, TLS):
-        if credentials is None:
-            return grpc.aio.insecure_channel(target, options=options)
-        return grpc.aio.secure_channel(target, credentials, options=options)
+    if access.token is None and not isinstance(access.credentials, TLS):
+        return _plain_aio(target, options, access.credentials)
     return cast("grpc.aio.Channel", _AioChannel(target, options, access))
+
+
+def _plain(
+    target: str, options: ChannelOptions, credentials: grpc.ChannelCredentials | None
+) -> grpc.Channel:
+    if credentials is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, credentials, options=options)
+
+
+def _plain_aio(
+    target: str, options: ChannelOptions, credentials: grpc.ChannelCredentials | None
+) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -83,6 +93,7 @@ class _Channel:
         self._credentials = Credentials(access.credentials)
         self._current = self._open()
         self._retired: list[_Opened] = []
+        self._is_closed = False
 
     def unary_unary(self, path: str, **details: object) -> _Method:
         def call(request: object, *, metadata: Metadata = (), **given: object) -> object:
@@ -114,20 +125,19 @@ class _Channel:
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
             everything = (self._current, *self._retired)
         for opened in everything:
             opened.channel.close()
 
     def _open(self) -> _Opened:
-        credentials = self._credentials.current
-        if credentials is None:
-            return _Opened(channel=grpc.insecure_channel(self._target, options=self._options))
-        return _Opened(channel=grpc.secure_channel(self._target, credentials, self._options))
+        channel = _plain(self._target, self._options, self._credentials.current)
+        return _Opened(channel=channel)
 
     def _begin(self) -> _Opened:
         """Returns the channel for a call that begins; closes those that nothing runs over."""
         with self._lock:
-            if self._credentials.renew():
+            if not self._is_closed and self._credentials.renew():
                 self._retired.append(self._current)
                 self._current = self._open()
             self._current.num_calls += 1
@@ -154,6 +164,7 @@ class _AioChannel:
         self._credentials = Credentials(access.credentials)
         self._current = self._open()
         self._retired: dict[asyncio.Task[None], grpc.aio.Channel] = {}
+        self._is_closed = False
 
     def unary_unary(self, path: str, **details: object) -> _Method:
         return self._method("unary_unary", path, details)
@@ -162,6 +173,7 @@ class _AioChannel:
         return self._method("unary_stream", path, details)
 
     async def close(self, grace: float | None = None) -> None:
+        self._is_closed = True
         for task in self._retired:
             task.cancel()
         for channel in (self._current.channel, *self._retired.values()):
@@ -176,14 +188,12 @@ class _AioChannel:
         return call
 
     def _open(self) -> _Opened:
-        credentials = self._credentials.current
-        if credentials is None:
-            return _Opened(channel=grpc.aio.insecure_channel(self._target, self._options))
-        return _Opened(channel=grpc.aio.secure_channel(self._target, credentials, self._options))
+        channel = _plain_aio(self._target, self._options, self._credentials.current)
+        return _Opened(channel=channel)
 
     def _renewed(self) -> _Opened:
         """Returns the channel for a call that begins."""
-        if self._credentials.renew():
+        if not self._is_closed and self._credentials.renew():
             retired = self._current.channel
             self._current = self._open()
             task = asyncio.ensure_future(retired.close(grace=_LONG_S))  # when its calls have ended

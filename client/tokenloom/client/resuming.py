@@ -172,11 +172,15 @@ class ResumingStream:
         resume: Resume,
         *,
         timeout_s: float | None,
+        session: str | None = None,
     ) -> None:
         self._transport = transport
+        self._session = session
         self._progress = Progress(request, resume, timeout_s=timeout_s)
         self._left = threading.Event()
-        self._responses: ResponseStream = transport.generate(request, timeout_s=timeout_s)
+        self._responses: ResponseStream = transport.generate(
+            request, timeout_s=timeout_s, session=session
+        )
 
     def read(self) -> pb.GenerateResponse | None:
         """Returns the next message, None after the last. Raises TokenloomError."""
@@ -199,7 +203,9 @@ class ResumingStream:
         if self._left.wait(self._progress.pause_s(error)):
             return
         self._responses = self._transport.generate(
-            self._progress.next_request(), timeout_s=self._progress.remaining_s
+            self._progress.next_request(),
+            timeout_s=self._progress.remaining_s,
+            session=self._session,
         )
         if self._left.is_set():  # while the call began: `cancel` may have ended the last one
             self._responses.cancel()
@@ -215,12 +221,14 @@ class AsyncResumingStream:
         resume: Resume,
         *,
         timeout_s: float | None,
+        session: str | None = None,
     ) -> None:
         self._transport = transport
+        self._session = session
         self._progress = Progress(request, resume, timeout_s=timeout_s)
         self._left = asyncio.Event()
         self._responses: AsyncResponseStream = transport.generate_async(
-            request, timeout_s=timeout_s
+            request, timeout_s=timeout_s, session=session
         )
 
     async def read(self) -> pb.GenerateResponse | None:
@@ -250,5 +258,7 @@ class AsyncResumingStream:
             raise
         if not self._left.is_set():
             self._responses = self._transport.generate_async(
-                self._progress.next_request(), timeout_s=self._progress.remaining_s
+                self._progress.next_request(),
+                timeout_s=self._progress.remaining_s,
+                session=self._session,
             )

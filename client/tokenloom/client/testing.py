@@ -100,9 +100,12 @@ _Script: TypeAlias = Iterator[pb.GenerateResponse | Wait]
 class FakeCall:
     """A Generate call that the server received, and how far it came."""
 
-    def __init__(self, request: pb.GenerateRequest, timeout_s: float | None) -> None:
+    def __init__(
+        self, request: pb.GenerateRequest, timeout_s: float | None, session: str | None
+    ) -> None:
         self.request = request
         self.timeout_s = timeout_s
+        self.session = session
         self.num_sent_deltas = 0
         self.ended = False
         """Whether the server sent all, or an error."""
@@ -124,15 +127,17 @@ class FakeServer:
         self._respond = respond
         self._model = model
 
-    def generate(self, request: pb.GenerateRequest, *, timeout_s: float | None) -> _FakeStream:
+    def generate(
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
+    ) -> _FakeStream:
         """Starts the answer to a request."""
-        return _FakeStream(*self._start(request, timeout_s))
+        return _FakeStream(*self._start(FakeCall(request, timeout_s, session)))
 
     def generate_async(
-        self, request: pb.GenerateRequest, *, timeout_s: float | None
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
     ) -> _AsyncFakeStream:
         """Starts the answer to a request."""
-        return _AsyncFakeStream(*self._start(request, timeout_s))
+        return _AsyncFakeStream(*self._start(FakeCall(request, timeout_s, session)))
 
     def tokenize(
         self,
@@ -207,12 +212,9 @@ class FakeServer:
     async def close_async(self) -> None:
         """Leaves the server as it is."""
 
-    def _start(
-        self, request: pb.GenerateRequest, timeout_s: float | None
-    ) -> tuple[FakeCall, _Script]:
-        call = FakeCall(request, timeout_s)
+    def _start(self, call: FakeCall) -> tuple[FakeCall, _Script]:
         self.calls.append(call)
-        answer = self._respond(request)
+        answer = self._respond(call.request)
         return call, _play(call, answer, request_id=f"fake-{len(self.calls)}")
 
 

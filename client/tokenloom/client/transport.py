@@ -31,8 +31,10 @@ class ResponseStream(Protocol):
 class Transport(Protocol):
     """Carries calls for `Client`. Every method raises TokenloomError only."""
 
-    def generate(self, request: pb.GenerateRequest, *, timeout_s: float | None) -> ResponseStream:
-        """Starts a Generate call."""
+    def generate(
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
+    ) -> ResponseStream:
+        """Starts a Generate call; those of one session go to one replica while it takes them."""
 
     def tokenize(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None
@@ -74,9 +76,9 @@ class AsyncTransport(Protocol):
     """Carries calls for `AsyncClient`. Every method raises TokenloomError only."""
 
     def generate_async(
-        self, request: pb.GenerateRequest, *, timeout_s: float | None
+        self, request: pb.GenerateRequest, *, timeout_s: float | None, session: str | None = None
     ) -> AsyncResponseStream:
-        """Starts a Generate call in the running event loop."""
+        """Starts a Generate call in the running event loop; `session` as in Transport."""
 
     async def tokenize_async(
         self, request: pb.TokenizeRequest, *, timeout_s: float | None

@@ -103,7 +103,7 @@ class Tenants:
             if len(data) > _MAX_FILE_BYTES:
                 raise ConfigError(f"it has more than {_MAX_FILE_BYTES} bytes")
             return cls.parse(data.decode())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"tenants file {path}: {error}") from error
 
     @classmethod

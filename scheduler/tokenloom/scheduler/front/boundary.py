@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from tokenloom.scheduler.front.errors import (
     InvalidRequest,
     RequestError,
+    Trailers,
     Violation,
     abort,
     fault_of,
@@ -23,8 +24,12 @@ _Request = TypeVar("_Request", bound=Message)
 
 def bounded(
     serve: Callable[[bytes, Context], Awaitable[Message | None]],
+    trailers: Callable[[], Trailers] = tuple,
 ) -> Callable[[bytes, Context], Awaitable[bytes | None]]:
-    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status."""
+    """Returns a call from bytes to bytes; whatever goes wrong ends it alone, with a status.
+
+    `trailers` are sent with each status, also OK.
+    """
 
     async def call(data: bytes, context: Context) -> bytes | None:
         try:
@@ -36,8 +41,9 @@ def bounded(
         except Exception as error:  # noqa: BLE001 - the boundary around each call
             refusal = fault_of(error)
         else:
+            context.set_trailing_metadata(trailers())
             return None if response is None else response.SerializeToString()
-        return await abort(context, refusal)
+        return await abort(context, refusal, trailers())
 
     return call
 

@@ -23,7 +23,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -40,6 +40,9 @@ _MAX_MESSAGE_CHARS = 512
 """Both keep a status within the 8 KiB of metadata that clients accept."""
 
 _log = logging.getLogger(__name__)
+
+Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+"""Metadata sent with a status. gRPC takes no list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,8 +244,10 @@ def refusal_error(refused: Refused) -> RequestError:
             return fault(f"the core refused a request as {refused.reason}: {refused.detail}")
 
 
-async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestError) -> NoReturn:
-    """Ends a call with the status of an error.
+async def abort(
+    context: grpc.aio.ServicerContext[bytes, bytes], error: RequestError, trailers: Trailers = ()
+) -> NoReturn:
+    """Ends a call with the status of an error; `trailers` go with it.
 
     Waits as long as a client does not read what came before the status; that
     costs no more than what gRPC has buffered for it.
@@ -256,12 +261,9 @@ async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: RequestE
         message=message,
         details=[_pack(detail) for detail in (info, *error.details())],
     )
-    trailers: tuple[tuple[str, str | bytes], ...] = (  # gRPC takes no list
-        *error.trailers(),
-        ("grpc-status-details-bin", status.SerializeToString()),
-    )
+    details: Trailers = (("grpc-status-details-bin", status.SerializeToString()),)
     try:
-        await context.abort(error.code, message, trailers)
+        await context.abort(error.code, message, (*error.trailers(), *details, *trailers))
     except grpc.aio.InternalError as gone:  # the client left meanwhile
         raise asyncio.CancelledError from gone
 

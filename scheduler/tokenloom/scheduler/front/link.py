@@ -58,15 +58,18 @@ class CoreLink:
         *,
         on_model: Callable[[ModelReady | Absence], None],
         on_pulse: Callable[[Pulse], None],
+        on_load: Callable[[Load], None],
         on_draining: Callable[[Draining], None],
     ) -> None:
         """`on_model` is told what the core serves, or why it serves nothing; `on_pulse`, its life.
 
-        The latter is the answer to `ping`. `on_draining` is told what an operator wants.
+        The latter is the answer to `ping`. `on_load` is told how busy it is, `on_draining` what an
+        operator wants.
         """
         self._endpoint = endpoint
         self._on_model = on_model
         self._on_pulse = on_pulse
+        self._on_load = on_load
         self._on_draining = on_draining
         self._streams: dict[int, Stream] = {}
         self._commands: list[Submit | Abort | Stop | Ping] = []
@@ -173,6 +176,7 @@ class CoreLink:
                 self._on_pulse(message)
             case Load():
                 self.load = message
+                self._on_load(message)
             case Draining():
                 self._on_draining(message)
             case Inspection() | Drained() | Aborted() | TraceData():
@@ -188,9 +192,6 @@ class CoreLink:
         for admitted in outputs.admitted:
             if (stream := streams.get(admitted.stream)) is not None:
                 stream.admit(admitted.num_cached_tokens)
-        for number in outputs.preempted:
-            if (stream := streams.get(number)) is not None:
-                stream.preempt()
         self._push_tokens(outputs)
         for finished in outputs.finished:
             if (stream := streams.get(finished.stream)) is not None:
@@ -198,6 +199,9 @@ class CoreLink:
                     stream.finish(finished)
                 except Exception as error:  # noqa: BLE001 - one stream's error never ends another
                     stream.fail(fault_of(error))
+        for number in outputs.preempted:
+            if (stream := streams.get(number)) is not None:
+                stream.preempt()
 
     def _push_tokens(self, outputs: Outputs) -> None:
         streams = self._streams

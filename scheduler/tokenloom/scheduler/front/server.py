@@ -23,6 +23,7 @@ from tokenloom.scheduler.front.health import Health
 from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.journal import Journal, Traces
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.load import LoadReports
 from tokenloom.scheduler.front.servicer import (
     MESSAGE_LIMIT_BYTES,
     SERVER_VERSION,
@@ -32,7 +33,7 @@ from tokenloom.scheduler.front.servicer import (
 from tokenloom.scheduler.front.text import TextModel
 from tokenloom.scheduler.front.tls import CONNECTION_AGE_MS, server_credentials
 from tokenloom.scheduler.listening import bind, write_address
-from tokenloom.scheduler.messages import Draining, ModelReady
+from tokenloom.scheduler.messages import Draining, Load, ModelReady
 from tokenloom.scheduler.ports import check_free
 from tokenloom.scheduler.tenants import TenantsFile
 from tokenloom.wire.started import process_start_s
@@ -64,10 +65,12 @@ class FrontServer:
         self._config = config
         self._text = text
         self._health = Health((SERVICE_NAME,), timeout_s=config.heartbeat_timeout_s)
+        self._reports = LoadReports()
         self._link = CoreLink(
             config.core_endpoint,
             on_model=self._on_model,
             on_pulse=self._health.feel,
+            on_load=self._on_load,
             on_draining=self._on_draining,
         )
         counts = CallCounts()
@@ -75,7 +78,12 @@ class FrontServer:
         tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
         self._identities = Identities(tenants)
         self._servicer = InferenceServicer(
-            config, text, self._link, journal=self._journal, identities=self._identities
+            config,
+            text,
+            self._link,
+            journal=self._journal,
+            identities=self._identities,
+            reports=self._reports,
         )
         self._counts_file: CountsFile | None = None
         if config.metrics_listen:
@@ -85,16 +93,16 @@ class FrontServer:
         self._has_served = False
         # A port that another server has is an error, not a port shared in silence.
         sharing = ("grpc.so_reuseport", int(config.num_fronts > 1))
-        options = [*_OPTIONS, sharing]
-        if config.tls_cert:
-            options.append(("grpc.max_connection_age_ms", CONNECTION_AGE_MS))
-        self._server = grpc.aio.server(options=options)
+        # A client that connects again also looks its target's name up again, and so finds replicas
+        # that came meanwhile.
+        age = ("grpc.max_connection_age_ms", CONNECTION_AGE_MS)
+        self._server = grpc.aio.server(options=(*_OPTIONS, sharing, age))
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 
     async def start(self) -> None:
         """Listens and connects to the core. Raises ConfigError if the address cannot be had."""
-        self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        self._server.add_generic_rpc_handlers((self._servicer.handler(), self._reports.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
@@ -137,6 +145,9 @@ class FrontServer:
         self._health.drain()
         if draining.ends:
             self._servicer.end_all()
+
+    def _on_load(self, load: Load) -> None:
+        self._reports.feel(load, time.monotonic())
 
     def _on_model(self, model: ModelReady | Absence) -> None:
         self._servicer.model = model

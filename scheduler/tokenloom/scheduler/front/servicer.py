@@ -31,6 +31,7 @@ from tokenloom.scheduler.front.errors import (
 from tokenloom.scheduler.front.identity import Identities
 from tokenloom.scheduler.front.journal import Journal
 from tokenloom.scheduler.front.link import CoreLink
+from tokenloom.scheduler.front.load import LoadReports
 from tokenloom.scheduler.front.record import Record
 from tokenloom.scheduler.front.responses import (
     Call,
@@ -78,12 +79,14 @@ class InferenceServicer:
         *,
         journal: Journal,
         identities: Identities,
+        reports: LoadReports,
     ) -> None:
         self._config = config
         self._text = text
         self._link = link
         self._journal = journal
         self._identities = identities
+        self._reports = reports
         self._numbers = itertools.count()
         self._turns = Turns()
         self._num_running = 0
@@ -164,7 +167,9 @@ class InferenceServicer:
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "Generate": grpc.unary_stream_rpc_method_handler(bounded(self.generate)),
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    bounded(self.generate, self._reports.trailers)
+                ),
                 "Tokenize": self._unary(pb.TokenizeRequest, self.tokenize),
                 "Detokenize": self._unary(pb.DetokenizeRequest, self.detokenize),
                 "GetModel": self._unary(pb.GetModelRequest, self.get_model),
@@ -230,7 +235,8 @@ class InferenceServicer:
         stream = self._stream(spec, record)
         record.is_chat = isinstance(spec.prompt, ChatPrompt)
         record.num_prompt_tokens, record.max_tokens = len(tokens), max_tokens
-        record.sampling, record.stream = spec.sampling, stream
+        record.sampling, record.priority = spec.sampling, request.priority
+        record.stream = stream
         call = Call(
             request_id=record.request_id,
             seed=spec.sampling.seed,
@@ -247,7 +253,7 @@ class InferenceServicer:
             tokens=tokens.tobytes(),
             max_tokens=max_tokens,
             sampling=spec.sampling,
-            salt="",
+            salt=tenant.cache_group,
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
             request_id=call.request_id,
             tenant=tenant.name,
