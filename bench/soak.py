@@ -88,8 +88,10 @@ def serve(argv: list[str]) -> int:
     """Runs `tokenloom serve` with fronts of this module."""
     real_stages = cli.stages
 
-    def stages(config: SchedulerConfig, workers: list[tuple[str, ...]]) -> list[list[Child]]:
-        made = real_stages(config, workers)
+    def stages(
+        config: SchedulerConfig, workers: list[tuple[str, ...]], *, stand_by: bool
+    ) -> list[list[Child]]:
+        made = real_stages(config, workers, stand_by=stand_by)
         told = (sys.executable, "-m", "bench.soak", "front", config.to_json())
         fronts = [
             Child(**(vars(child) | {"argv": told})) if child.name.startswith("front") else child
