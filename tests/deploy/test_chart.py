@@ -95,6 +95,15 @@ def test_callers_and_disruption_budget_see_the_servers_and_no_worker(name: str) 
         assert chosen == ["server"]
 
 
+def test_the_service_of_a_group_is_not_the_one_of_its_callers() -> None:
+    """A LeaderWorkerSet would take one of its own name for it, and find nobody who is not ready."""
+    manifests = RENDERED["two-hosts"]
+    names = [
+        of_kind(manifests, kind)["metadata"]["name"] for kind in ("Service", "LeaderWorkerSet")
+    ]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_every_container_runs_with_the_least_rights(name: str) -> None:
     for template in pod_templates(RENDERED[name]).values():
@@ -152,8 +161,10 @@ def test_large_numbers_of_options_stay_whole() -> None:
 def test_scaling_counts_the_replicas_of_this_release_alone() -> None:
     for name, target in (("production", "Deployment"), ("two-hosts", "LeaderWorkerSet")):
         scaled = of_kind(RENDERED[name], "ScaledObject")["spec"]
+        workload = of_kind(RENDERED[name], target)
         assert scaled["scaleTargetRef"]["kind"] == target
-        assert "replicas" not in of_kind(RENDERED[name], target)["spec"]
+        assert scaled["scaleTargetRef"]["name"] == workload["metadata"]["name"]
+        assert "replicas" not in workload["spec"]
         for trigger in scaled["triggers"]:
             assert (
                 '{namespace="models",app_kubernetes_io_instance="llama"}'
