@@ -62,7 +62,9 @@ class Envoy:
         wait_until(lambda: self.healthy() == set(addresses), START_TIMEOUT_S, alive=self._process)
 
     def _has_started(self) -> bool:
-        return self._admin.exists() and self._ask("server_info")["state"] == "LIVE"
+        if not self._admin.exists() or not self._admin.read_text():
+            return False
+        return bool(self._ask("server_info")["state"] == "LIVE")
 
     def _ask(self, path: str) -> Any:  # noqa: ANN401 - whatever JSON Envoy answers
         with urlopen(f"http://{self._admin.read_text()}/{path}", timeout=30) as answer:
