@@ -187,16 +187,21 @@ def test_all_together_are_sums_and_the_fullest_and_leave_out_who_is_away() -> No
     assert json.loads(as_json(rows, "now"))["all"]["num_running"] == 4
 
 
+def test_what_a_replica_says_cannot_steer_the_terminal() -> None:
+    row = Row(target="a", state="away", error="UNAVAILABLE: \x1b]0;owned\x07\nnext")
+    assert table([row])[1].text.endswith("away  UNAVAILABLE:  ]0;owned  next")
+
+
 def test_the_screen_follows_replicas_that_go_and_come_back(replicas: list[Replica]) -> None:
     targets = [replica.start() for replica in replicas]
     terminal = Terminal(*targets)
     page = terminal.until(lambda page: page.count("pocket") == 3 and "OUT tok/s" in page)
     assert re.search(rf"{targets[0]} +pocket +ready +31 +4 +60 +60", page)
-    assert re.search(r"all +pocket +ready +62 +8 +60 +60", page)
+    assert re.search(r"all +pocket +2/2 ready +62 +8 +60 +60", page)
     replicas[1].stop()
     terminal.until(lambda page: f"{targets[1]}  " in page and "away" in page)
     replicas[1].start()
-    terminal.until(lambda page: page.count("ready") == 3)
+    terminal.until(lambda page: "2/2 ready" in page)
     terminal.press(b"q")
     assert terminal.wait() == 0
     assert terminal.text.rstrip().endswith("\x1b[?25h\x1b[?1049l")  # the terminal is as it was

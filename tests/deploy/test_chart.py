@@ -1,5 +1,9 @@
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +95,15 @@ def test_callers_and_disruption_budget_see_the_servers_and_no_worker(name: str) 
         assert chosen == ["server"]
 
 
+def test_the_service_of_a_group_is_not_the_one_of_its_callers() -> None:
+    """A LeaderWorkerSet would take one of its own name for it, and find nobody who is not ready."""
+    manifests = RENDERED["two-hosts"]
+    names = [
+        of_kind(manifests, kind)["metadata"]["name"] for kind in ("Service", "LeaderWorkerSet")
+    ]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_every_container_runs_with_the_least_rights(name: str) -> None:
     for template in pod_templates(RENDERED[name]).values():
@@ -136,7 +149,7 @@ def test_probes_ask_by_grpc_and_with_tls_by_command() -> None:
     (secured,) = containers("production")
     command = secured["readinessProbe"]["exec"]["command"]
     assert command[:3] == ["tokenloom", "health", "127.0.0.1:50051"]
-    assert "--tls-name=llama-tokenloom.models.svc" in command
+    assert "--tls-server-name=llama-tokenloom.models.svc" in command
 
 
 def test_large_numbers_of_options_stay_whole() -> None:
@@ -148,8 +161,10 @@ def test_large_numbers_of_options_stay_whole() -> None:
 def test_scaling_counts_the_replicas_of_this_release_alone() -> None:
     for name, target in (("production", "Deployment"), ("two-hosts", "LeaderWorkerSet")):
         scaled = of_kind(RENDERED[name], "ScaledObject")["spec"]
+        workload = of_kind(RENDERED[name], target)
         assert scaled["scaleTargetRef"]["kind"] == target
-        assert "replicas" not in of_kind(RENDERED[name], target)["spec"]
+        assert scaled["scaleTargetRef"]["name"] == workload["metadata"]["name"]
+        assert "replicas" not in workload["spec"]
         for trigger in scaled["triggers"]:
             assert (
                 '{namespace="models",app_kubernetes_io_instance="llama"}'
@@ -178,3 +193,30 @@ def test_commands_have_every_option_that_containers_give(
     for container in containers(name):
         given = {found[0] for each in container["args"] if (found := FLAG.match(each))}
         assert given - known[container["name"]] == set()
+
+
+def test_a_worker_that_ends_ends_all_of_its_host(tmp_path: Path) -> None:
+    """The container's own command, with a `tokenloom` that notes how it was started."""
+    stand_in = tmp_path / "tokenloom"
+    stand_in.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/started
+case "$*" in *cuda:3*) ;; *) exec sleep 600;; esac
+until [ "$(wc -l < {tmp_path}/started)" = 8 ]; do sleep 0.1; done
+exit 5
+""")
+    stand_in.chmod(0o755)
+    workers = containers("two-hosts")[-1]
+    process = subprocess.Popen(
+        [*workers["command"], *workers["args"]],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        start_new_session=True,
+    )
+    try:
+        assert process.wait(30) == 5
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    started = sorted((tmp_path / "started").read_text().splitlines())
+    assert [line.rpartition("--device=")[2] for line in started] == [f"cuda:{n}" for n in range(8)]
+    assert all(
+        "worker --connect=tcp://" in line and "--log-format=json" in line for line in started
+    )

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import closing
 from typing import cast
 
 import grpc
+
+from tokenloom.client.flags import access_of, add_access_options
+from tokenloom.client.renewing import open_channel
 
 _CHECK = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"  # HealthCheckResponse with status (field 1) = SERVING (1)
@@ -28,21 +31,16 @@ def health(argv: Sequence[str]) -> int:
         "--service", default="", help="what is asked about: liveness, or (default) readiness"
     )
     parser.add_argument("--timeout-s", type=float, default=5.0, help="(default: 5)")
-    group = parser.add_argument_group("TLS", "without any of these the connection is plain")
-    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="CAs of the server")
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="own certificate")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
-    group.add_argument("--tls-name", metavar="NAME", help="the server's name in its certificate")
+    add_access_options(parser)
     args = parser.parse_args(argv)
     try:
-        with _channel(args) as channel:
+        with closing(open_channel(args.target, (), access_of(args))) as channel:
             check = channel.unary_unary(
                 _CHECK, request_serializer=bytes, response_deserializer=bytes
             )
             answer = check(_request(args.service), timeout=args.timeout_s)
-    except OSError as error:
-        sys.stderr.write(f"tokenloom: {error}\n")
-        return 2
+    except ValueError as error:
+        parser.error(str(error))
     except grpc.RpcError as error:
         status = cast("grpc.Call", error)  # what gRPC raises for a call is one
         told = f"{status.code().name}: {status.details()}"
@@ -56,13 +54,3 @@ def _request(service: str) -> bytes:
     """Returns a HealthCheckRequest; the SDK installs without the package that has its class."""
     name = service.encode()
     return bytes((0x0A, len(name))) + name if name else b""  # field 1, a string
-
-
-def _channel(args: argparse.Namespace) -> grpc.Channel:
-    """Returns a channel to the target. Raises OSError for a file that cannot be read."""
-    files = (args.tls_ca, args.tls_key, args.tls_cert)
-    if not any(files):
-        return grpc.insecure_channel(args.target)
-    credentials = grpc.ssl_channel_credentials(*(file and file.read_bytes() for file in files))
-    options = [("grpc.ssl_target_name_override", args.tls_name)] if args.tls_name else []
-    return grpc.secure_channel(args.target, credentials, options=options)

@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
         set_up_logs("exporter", form=config.log_format, level=config.log_level)
         address = _serve(config)
     except (ConfigError, ValueError) as error:
-        sys.stderr.write(f"exporter cannot start: {error}\n")
+        _log.critical("exporter cannot start: %s", error)
         return 2
     _log.info("metrics at http://%s/metrics", address)
     signal.sigwait(signals)

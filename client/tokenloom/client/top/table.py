@@ -60,18 +60,23 @@ def table(rows: Sequence[Row]) -> list[Line]:
     shown = [total_of(rows), *rows] if len(rows) > 1 else list(rows)
     cells = [["REPLICA", "MODEL", "STATE", *(name for name, _ in _COLUMNS)]]
     for row in shown:
-        figures = [""] * len(_COLUMNS) if row.state == "away" and row.num_running is None else None
-        target = row.target[-_MAX_TARGET_CHARS:]
-        cells.append(
-            [target, row.model, row.state, *(figures or (show(row) for _, show in _COLUMNS))]
-        )
+        names = [_plain(row.target)[-_MAX_TARGET_CHARS:], _plain(row.model), row.state]
+        is_known = row.num_running is not None
+        cells.append(names + [show(row) if is_known else "" for _, show in _COLUMNS])
+    if len(rows) > 1:
+        cells[1][2] = f"{sum(row.state == 'ready' for row in rows)}/{len(rows)} ready"
     widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
     texts = [_joined(line, widths) for line in cells]
     for place, row in enumerate(shown, start=1):
         if row.error:
-            texts[place] = f"{_joined(cells[place][:3], widths[:3])}  {row.error}"
+            texts[place] = f"{_joined(cells[place][:3], widths[:3])}  {_plain(row.error)}"
     states = [None, *(row.state for row in shown)]
     return [Line(text=text, state=state) for text, state in zip(texts, states, strict=True)]
+
+
+def _plain(text: str) -> str:
+    """Returns what another process said so that no terminal takes it for more than a line."""
+    return "".join(each if each.isprintable() else " " for each in text)
 
 
 def _joined(line: Sequence[str], widths: Sequence[int]) -> str:

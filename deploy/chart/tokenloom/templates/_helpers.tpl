@@ -6,6 +6,14 @@
 {{- end -}}
 {{- end -}}
 
+{{/*
+What runs the pods. A LeaderWorkerSet makes a Service of its own name, through which pods find their leader before it is
+ready; ours, which has ready pods alone, is another.
+*/}}
+{{- define "tokenloom.workload" -}}
+{{ include "tokenloom.name" . }}{{ if gt (int .Values.hosts) 1 }}-group{{ end }}
+{{- end -}}
+
 {{- define "tokenloom.selector" -}}
 app.kubernetes.io/name: tokenloom
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -111,7 +119,7 @@ exec:
     - --service={{ . }}
     {{- end }}
     - --tls-ca=/etc/tokenloom/tls/ca.crt
-    - --tls-name={{ $top.Values.tls.serverName | default (printf "%s.%s.svc" (include "tokenloom.name" $top) $top.Release.Namespace) }}
+    - --tls-server-name={{ $top.Values.tls.serverName | default (printf "%s.%s.svc" (include "tokenloom.name" $top) $top.Release.Namespace) }}
     {{- if $top.Values.tls.clientCertificates }}
     - --tls-cert=/etc/tokenloom/tls/tls.crt
     - --tls-key=/etc/tokenloom/tls/tls.key

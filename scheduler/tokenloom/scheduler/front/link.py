@@ -192,9 +192,6 @@ class CoreLink:
         for admitted in outputs.admitted:
             if (stream := streams.get(admitted.stream)) is not None:
                 stream.admit(admitted.num_cached_tokens)
-        for number in outputs.preempted:
-            if (stream := streams.get(number)) is not None:
-                stream.preempt()
         self._push_tokens(outputs)
         for finished in outputs.finished:
             if (stream := streams.get(finished.stream)) is not None:
@@ -202,6 +199,9 @@ class CoreLink:
                     stream.finish(finished)
                 except Exception as error:  # noqa: BLE001 - one stream's error never ends another
                     stream.fail(fault_of(error))
+        for number in outputs.preempted:
+            if (stream := streams.get(number)) is not None:
+                stream.preempt()
 
     def _push_tokens(self, outputs: Outputs) -> None:
         streams = self._streams

@@ -235,7 +235,8 @@ class InferenceServicer:
         stream = self._stream(spec, record)
         record.is_chat = isinstance(spec.prompt, ChatPrompt)
         record.num_prompt_tokens, record.max_tokens = len(tokens), max_tokens
-        record.sampling, record.stream = spec.sampling, stream
+        record.sampling, record.priority = spec.sampling, request.priority
+        record.stream = stream
         call = Call(
             request_id=record.request_id,
             seed=spec.sampling.seed,
