@@ -36,8 +36,12 @@ class Envoy:
                 *("--concurrency", "1", "--disable-hot-restart"),
             ]
         )
-        wait_until(self._has_started, START_TIMEOUT_S, alive=self._process)
-        (listener,) = self._ask("listeners?format=json")["listener_statuses"]
+        try:
+            wait_until(self._has_started, START_TIMEOUT_S, alive=self._process)
+            (listener,) = self._ask("listeners?format=json")["listener_statuses"]
+        except BaseException:
+            self._end()
+            raise
         address = listener["local_address"]["socket_address"]
         self.address = f"127.0.0.1:{address['port_value']}"
         """Where clients call."""
@@ -79,6 +83,9 @@ class Envoy:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
