@@ -35,7 +35,7 @@ def apply(state: State, result: StepDone, now: float) -> None:
     alive = slots.tenure[record.slots] == record.tenures
     computed = record.slots[alive]
     slots.num_computed[computed] = record.ends[alive]
-    _charge(state, slots, record, alive, result.compute_s)
+    slots.gpu_s[computed] += _shares(state, record, alive, result.compute_s)
 
     rows = np.flatnonzero(alive[record.sampled])
     faulty = np.frombuffer(result.faulty_rows, np.int32)
@@ -92,26 +92,21 @@ def _check(result: StepDone, record: StepRecord, slots: Slots) -> Int32Array:
     return tokens
 
 
-def _charge(
-    state: State,
-    slots: Slots,
-    record: StepRecord,
-    alive: npt.NDArray[np.bool_],
-    compute_s: float,
-) -> None:
-    """Shares what a step took of the GPUs among the requests that were in it."""
+def _shares(
+    state: State, record: StepRecord, alive: npt.NDArray[np.bool_], compute_s: float
+) -> accounting.Float64Array | float:
+    """Returns what each of those that are left owes for a step, in seconds of one GPU."""
     gpu_s = accounting.gpu_seconds(compute_s, 1 if state.spec is None else state.spec.num_ranks)
     state.totals.gpu_s += gpu_s
     if not record.num_prompt_tokens:
-        slots.gpu_s[record.slots[alive]] += gpu_s / len(record.slots)
-        return
+        return gpu_s / len(record.slots)
     shares = accounting.shares(
         gpu_s,
         lengths=record.lengths,
         num_decoding=record.num_decoding,
         decode_weight=state.costs.decode_weight(record.num_decoding),
     )
-    slots.gpu_s[record.slots[alive]] += shares[alive]
+    return shares[alive]
 
 
 def _finish(

@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -46,7 +46,8 @@ from tokenloom.scheduler.messages import (
     decode_from_front,
     encode,
 )
-from tokenloom.scheduler.samples import SampleFile
+from tokenloom.scheduler.sample_files import SampleFile
+from tokenloom.scheduler.samples import Sample
 from tokenloom.wire import codec
 from tokenloom.wire import messages as wire
 from tokenloom.wire.messages import (
@@ -165,7 +166,8 @@ class CoreLoop:
             self._advance()
             if self._clock() >= self._pace.due_s:
                 self._tell_load()
-        self._write_samples(self._clock())
+        if self._samples is not None:
+            self._samples.close(self._measured(), self._clock())
         self._shut_down_group()
 
     def _advance(self) -> None:
@@ -196,12 +198,12 @@ class CoreLoop:
         now = self._clock()
         self._pace.tell(now)
         if self._samples is not None and self._samples.is_due(now):
-            self._write_samples(now)
+            self._samples.write(self._measured(), now)
 
-    def _write_samples(self, now: float) -> None:
-        if self._samples is not None:
-            ranks = [rank.ready for rank in self._group.ranks if rank.ready is not None]
-            self._samples.write(samples_of(self._state, ranks), now)
+    def _measured(self) -> Iterator[Sample]:
+        """Returns the core's part of the metrics."""
+        ranks = [rank.ready for rank in self._group.ranks if rank.ready is not None]
+        return samples_of(self._state, ranks)
 
     # Workers
 
