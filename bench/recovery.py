@@ -7,6 +7,8 @@ has its tokens. What the server logs tells the phases:
 
     killed ─▶ noticed ─▶ gathered: all ranks are there, imports done ─▶ loaded ─▶ next token
 
+`--no-standby` among the server's options shows what processes that stand by save.
+
 The load is the model's own time; what comes before and after it is what recovery costs.
 """
 
@@ -32,7 +34,7 @@ from typing import IO
 from tokenloom.client import Client, Delta, Pause
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
-POCKET_ARGS = "--device cpu --kv-cache-bytes 64MiB"
+POCKET_ARGS = "--device cpu --kv-cache-bytes 64MiB --standby"
 PROMPT = [5] * 100
 NUM_TOKENS_BEFORE = 20
 """That a stream has when its worker is killed."""
@@ -154,13 +156,18 @@ def recovered(client: Client, log: Log, rank: int) -> Phases:
     )
 
 
-def measured(model: Path, serve_args: Sequence[str], num_ranks: int, num_kills: int) -> str:
+def measured(
+    model: Path, serve_args: Sequence[str], num_ranks: int, num_kills: int, pause_s: float
+) -> str:
     """Returns a row of the table: the medians of several kills."""
     with serving(model, serve_args, num_ranks) as server, Client(server.address) as client:
         client.wait_ready(timeout_s=START_TIMEOUT_S)
         gathered_s = server.log.time_s(GATHERED, server.begun_s)
         loaded_s = server.log.time_s(LOADED, gathered_s)
-        kills = [recovered(client, server.log, kill % num_ranks) for kill in range(num_kills)]
+        kills = []
+        for kill in range(num_kills):
+            time.sleep(pause_s)
+            kills.append(recovered(client, server.log, kill % num_ranks))
     whole = [each.whole_s for each in kills]
     beyond = [each.whole_s - each.loaded_s for each in kills]
     cells = [
@@ -186,13 +193,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", nargs="?", type=Path, default=POCKET)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=6, help="for each number of ranks")
+    parser.add_argument(
+        "--pause-s", type=float, default=5.0, help="before each, for those that stand by to come"
+    )
     parser.add_argument("--serve-args", default=POCKET_ARGS, help="for `tokenloom serve`")
     args = parser.parse_args(argv)
     columns = ("ranks", "first start s", "noticed", "gathered", "loaded", "token", "whole")
     print("| " + " | ".join((*columns, "least–most", "beyond the load")) + " |")
     print("| --- " * (len(columns) + 2) + "|")
     for num_ranks in args.ranks:
-        print(measured(args.model, shlex.split(args.serve_args), num_ranks, args.kills), flush=True)
+        serve_args = shlex.split(args.serve_args)
+        row = measured(args.model, serve_args, num_ranks, args.kills, args.pause_s)
+        print(row, flush=True)
     return 0
 
 

@@ -18,10 +18,12 @@ def main(argv: list[str]) -> int:
     end = argv.index("--")
     real_stages = cli.stages
 
-    def stages(config: SchedulerConfig, workers: Sequence[tuple[str, ...]]) -> list[list[Child]]:
+    def stages(
+        config: SchedulerConfig, workers: Sequence[tuple[str, ...]], *, stand_by: bool
+    ) -> list[list[Child]]:
         command = (sys.executable, "-m", "tokenloom.worker.fake")
         fake = (*command, f"--connect={config.worker_endpoint}", *argv[end + 1 :])
-        return real_stages(config, [fake for _ in workers])
+        return real_stages(config, [fake for _ in workers], stand_by=stand_by)
 
     vars(cli)["stages"] = stages
     return cli.serve(argv[1:end])

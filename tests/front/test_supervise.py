@@ -35,6 +35,12 @@ def on_int(*_):
     note("int")
     sys.exit(0)
 
+if kind == "standby":
+    open(f"{folder}/{name}.standby", "w").write(str(os.getpid()))
+    note("standby")
+    if not sys.stdin.readline():
+        sys.exit(0)
+    note("woken")
 signal.signal(signal.SIGTERM, on_term)
 signal.signal(signal.SIGINT, on_int)
 open(f"{folder}/{name}.pid", "w").write(str(os.getpid()))
@@ -62,6 +68,7 @@ def make(name, kind, stop_s=60.0):
         hurry_signal=signal.SIGINT,
         restart=RESTARTS.get(kind, Restart.NEVER),
         tells=kind == "telling",
+        standby_argv=(sys.executable, child, name, folder, "standby") if name == "third" else (),
     )
 if kind == "together":
     stages = [[make("first", "telling")], [make("second", kind), make("third", kind)]]
@@ -120,6 +127,10 @@ class Supervised:
             if name in names:
                 pid = int((self.folder / f"{name}.pid").read_text())
                 self.children[place] = psutil.Process(pid)
+
+    def standby(self, name: str) -> psutil.Process:
+        """Returns the process that began last to stand by for a child."""
+        return psutil.Process(int((self.folder / f"{name}.standby").read_text()))
 
     def no_child_is_left(self) -> bool:
         gone, _ = psutil.wait_procs(self.children, timeout=20)
@@ -288,6 +299,51 @@ def test_only_deaths_since_the_last_word_of_serving_count(supervised: Supervised
     (supervised.folder / "second.code").write_text("3")
     supervised.children[1].kill()
     assert supervised.ended()[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["together"])
+def test_one_that_stands_by_takes_the_place_of_one_that_died(supervised: Supervised) -> None:
+    supervised.say("serving", "second", "third")
+    supervised.until("third standby")
+    assert "second standby" not in supervised.log
+    stood_by = supervised.standby("third")
+    supervised.log_file.unlink()
+    supervised.children[1].kill()
+    supervised.until_started_again("second", "third")
+    assert supervised.log.index("third woken") < supervised.log.index("third start")
+    assert supervised.children[2] == stood_by
+    # The next one comes when they serve again.
+    assert "third standby" not in supervised.log
+    supervised.say("serving", "second", "third")
+    supervised.until("third standby")
+    assert supervised.standby("third") != stood_by
+
+
+@pytest.mark.parametrize("kind", ["together"])
+def test_one_that_died_while_it_stood_by_is_not_missed(supervised: Supervised) -> None:
+    supervised.say("serving", "third")
+    supervised.until("third standby")
+    stood_by = supervised.standby("third")
+    stood_by.kill()
+    psutil.wait_procs([stood_by], timeout=20)
+    supervised.log_file.unlink()
+    supervised.children[2].kill()
+    supervised.until_started_again("second", "third")
+    assert "third woken" not in supervised.log
+    assert supervised.children[2] != stood_by
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kind", ["together"])
+def test_none_stands_by_for_a_supervisor_that_is_gone(
+    supervised: Supervised, number: signal.Signals
+) -> None:
+    supervised.say("serving", "third")
+    supervised.until("third standby")
+    supervised.children.append(supervised.standby("third"))
+    supervised.process.send_signal(number)
+    supervised.ended()
+    assert supervised.no_child_is_left()
 
 
 def test_a_killed_child_is_told_by_its_signal(supervised: Supervised) -> None:

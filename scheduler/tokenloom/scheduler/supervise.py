@@ -75,6 +75,9 @@ class Child:
     restart: Restart = Restart.NEVER
     tells: bool = False
     """Whether its standard output says what became of others."""
+    standby_argv: tuple[str, ...] = ()
+    """Of a process that becomes this child when a line comes on its standard input, and ends when
+    that is closed. One is kept once the child is said to serve, so that it starts again sooner."""
 
 
 def supervise(stages: Sequence[Sequence[Child]]) -> int:
@@ -151,6 +154,7 @@ class _Processes:
         self._stages = tuple(tuple(stage) for stage in stages)
         self._wait = wait
         self._running: dict[Child, subprocess.Popen[bytes]] = {}
+        self._standing_by: dict[Child, subprocess.Popen[bytes]] = {}
         self._units = [unit for stage in self._stages for unit in _units(stage)]
         self._told: dict[int, _Lines] = {}
         """What children tell, by the file that it comes from."""
@@ -162,15 +166,44 @@ class _Processes:
                 self._start(child)
 
     def _start(self, child: Child) -> None:
-        process = self._running[child] = subprocess.Popen(
-            child.argv,
-            stdin=subprocess.DEVNULL,
+        process = self._woken(child)
+        if process is None:
+            process = self._spawn(child, child.argv)
+        self._running[child] = process
+        if process.stdout is not None:
+            self._told[process.stdout.fileno()] = _Lines(process.stdout)
+
+    def _spawn(
+        self, child: Child, argv: Sequence[str], stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            argv,
+            bufsize=0,
+            stdin=stdin,
             stdout=subprocess.PIPE if child.tells else None,
             process_group=0,  # Ctrl-C on the terminal goes to the supervisor alone
             preexec_fn=self._before_exec,  # noqa: PLW1509 - no thread runs here
         )
-        if process.stdout is not None:
-            self._told[process.stdout.fileno()] = _Lines(process.stdout)
+
+    def _stand_by(self, child: Child) -> None:
+        """Has a process stand by for a child, unless one does or none can."""
+        process = self._standing_by.get(child)
+        if child.standby_argv and (process is None or process.poll() is not None):
+            self._standing_by[child] = self._spawn(child, child.standby_argv, subprocess.PIPE)
+
+    def _woken(self, child: Child) -> subprocess.Popen[bytes] | None:
+        """Returns the process that stood by for a child, which goes on now; None if none did."""
+        process = self._standing_by.pop(child, None)
+        if process is None or process.stdin is None or process.poll() is not None:
+            return None
+        try:
+            with process.stdin as line:
+                line.write(b"\n")
+        except OSError:  # it dies just now
+            process.kill()
+            process.wait()
+            return None
+        return process
 
     def wait_for_signal(self) -> int | None:
         """Waits for a signal to stop, or for a death that ends everything.
@@ -259,6 +292,7 @@ class _Processes:
                 match word:
                     case "serving":
                         unit.num_deaths = 0
+                        self._stand_by(child)
                     case "lost":
                         process.kill()
                     case _:
@@ -322,7 +356,7 @@ class _Processes:
 
     def kill(self) -> None:
         """Leaves nothing behind, whatever went wrong."""
-        for process in self._running.values():
+        for process in (*self._running.values(), *self._standing_by.values()):
             process.kill()
             process.wait()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ from tokenloom.worker.options import (
     parse_fraction,
 )
 from tokenloom.worker.phases import Phases
+from tokenloom.worker.standby import stand_by
 
 if TYPE_CHECKING:
     from tokenloom.worker.profile import ProfiledRunner
@@ -41,12 +43,17 @@ _log = logging.getLogger(__name__)
 def worker(argv: list[str] | None = None) -> int:
     """Runs a worker until the core ends it; returns its exit code.
 
-    0 after Shutdown or SIGTERM, 2 if the device or the model cannot be used or an option is wrong,
-    1 if something else failed in loading or in a step.
+    0 after Shutdown or SIGTERM, or if it stood by in vain; 2 if the device or the model cannot be
+    used or an option is wrong; 1 if something else failed in loading or in a step.
     """
     args = _parser().parse_args(argv)
     set_up_logs("worker", form=args.log_format, level=args.log_level)
-    phases = Phases("imports", process_start_s())
+    start_s = process_start_s()
+    if args.standby:
+        if not stand_by():
+            return 0
+        start_s = time.monotonic()
+    phases = Phases("imports", start_s)
     try:
         core = core_address(args)
         keep_kernels(args.kernel_cache)
@@ -169,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of mode 700 that keeps what is compiled: kernels, and bytecode where Python"
         " has none (default: tokenloom/kernels in the user's cache folder)",
+    )
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="import everything, and wait for a line on standard input before anything else; if it"
+        " ends without one, exit with 0",
     )
     _add_profile_options(parser)
     return parser
