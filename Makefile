@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+SECONDS ?= 10
+MINUTES ?= 20
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,6 +42,17 @@ demo: $(INSTALLED) ## Serve the pocket model on this machine and ask it a few th
 .PHONY: test
 test: $(INSTALLED_DEV) $(PROMETHEUS) ## Run the tests that need no GPU; ARGS="-k name -x" narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(ARGS)
+
+# What a target finds is written to build/fuzz; CI runs each for some thousand executions.
+.PHONY: fuzz
+fuzz: $(INSTALLED_DEV) ## Write random bytes to all that strangers can write to, for SECONDS=10 each
+	for target in validation wire stops; do \
+		$(BIN)/python -m tests.fuzz $$target -max_total_time=$(SECONDS) || exit 1; \
+	done
+
+.PHONY: soak
+soak: $(INSTALLED_DEV) ## Serve the pocket model to bad clients for MINUTES=20, watching what grows
+	$(BIN)/python -m bench.soak --minutes $(MINUTES) $(ARGS)
 
 # Nothing can be installed on some GPU hosts, so any python3 that has torch will do.
 .PHONY: test-gpu

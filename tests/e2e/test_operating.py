@@ -17,9 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e.server import Server, wait_until
 from tests.front.checkpoints import byte_level_tokenizer, write_checkpoint
 from tokenloom.client import Client, Unavailable, cli
+from tokenloom.client.status import error_from_status
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.v1 import admin_pb2
+from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.admin_pb2_grpc import AdminStub
+from tokenloom.v1.inference_pb2_grpc import InferenceStub
 from tokenloom.worker.fake import FakeConfig, expected_tokens
 
 POCKET = Path(__file__).parents[2] / "models/pocket"
@@ -94,7 +97,7 @@ def test_a_drain_refuses_new_requests_and_waits_for_the_last_token_of_all_fronts
     checkpoint: Path,
 ) -> None:
     with operated(checkpoint, "--num-fronts=2") as (server, admin):
-        streams = [LongStream(server, seed, 300) for seed in range(8)]
+        streams = [LongStream(server, seed, 1000) for seed in range(8)]
         drained = admin.Drain.future(admin_pb2.DrainRequest(grace_s=60))
         wait_until(lambda: health(server.address, "") != SERVING, 20)
         for _ in range(8):  # connections are spread over the fronts
@@ -114,9 +117,14 @@ def test_a_drain_refuses_new_requests_and_waits_for_the_last_token_of_all_fronts
 
 
 def refusal_of_new(server: Server) -> str:
-    with Client(server.address, resume=None) as client, pytest.raises(Unavailable) as refusal:
-        client.generate([5], max_tokens=1, timeout_s=20).result()
-    return refusal.value.reason
+    """Returns why a new request is refused, on a connection of its own; nothing tries again."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    with grpc.insecure_channel(server.address, options=options) as channel:
+        request = pb.GenerateRequest(tokens=pb.TokenIds(ids=[5]))
+        with pytest.raises(grpc.RpcError) as refusal:
+            list(InferenceStub(channel).Generate(request, timeout=20))
+    trailers: Any = refusal.value.trailing_metadata()
+    return error_from_status(refusal.value.code(), "", trailers).reason
 
 
 def test_streams_that_outlast_the_grace_period_end_so_that_they_go_on_elsewhere(

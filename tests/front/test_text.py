@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from tests.front.checkpoints import byte_level_tokenizer, write_checkpoint
-from tokenloom.scheduler.front.text import CheckpointError, TextModel, load_text_model
+from tokenloom.scheduler.front.text import CheckpointError, TextModel, _Errand, load_text_model
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,9 @@ async def test_long_texts_are_tokenized_beside_the_event_loop(checkpoint: Path) 
     threads: list[str] = []
     encode = text._encode
 
-    def spy(prompt: str) -> object:
+    def spy(prompt: str, most_tokens: int | None, errand: _Errand) -> object:
         threads.append(threading.current_thread().name)
-        return encode(prompt)
+        return encode(prompt, most_tokens, errand)
 
     text._encode = spy  # type: ignore[method-assign, assignment]
     await text.encode("short")
@@ -50,7 +50,7 @@ async def test_long_texts_are_tokenized_beside_the_event_loop(checkpoint: Path) 
         await asyncio.sleep(0)
     assert len(await long) >= 80_000
     assert threads[0] == threading.main_thread().name
-    assert threads[1].startswith("text")
+    assert threads[1].startswith("long text")
     assert num_turns > 2
 
 

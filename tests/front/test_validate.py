@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,7 +25,7 @@ from tokenloom.v1 import inference_pb2 as pb
 LIMITS = Limits(
     vocab_size=1000,
     max_model_tokens=100,
-    longest_token_bytes=20,
+    longest_token_bytes=10,
     eos_token_ids=(2, 3),
     has_chat_template=True,
 )
@@ -238,7 +239,7 @@ def test_all_violations_are_told_at_once() -> None:
     [
         (None, "prompt", "is absent; set one of text, tokens, chat"),
         ("", "text", "is empty; a prompt has a token at least"),
-        ("é" * 1001, "text", "has 2002 bytes; this server accepts 2000"),
+        ("é" * 501, "text", "has 1002 bytes; this server accepts 1000"),
         ([], "tokens.ids", "has 0 tokens; a prompt has a token at least"),
         ([1, 1000], "tokens.ids", "holds 1000; token ids of this model are below 1000"),
         ([2**31], "tokens.ids", "holds 2147483648; token ids of this model are below 1000"),
@@ -264,9 +265,9 @@ def test_all_violations_are_told_at_once() -> None:
             "has 65 bytes; it must have 1 to 64",
         ),
         (
-            chat(("user", "x" * 1000), ("user", "x" * 1001)),
+            chat(("user", "x" * 500), ("user", "x" * 501)),
             "chat.messages",
-            "has 2001 bytes; this server accepts 2000",
+            "has 1001 bytes; this server accepts 1000",
         ),
     ],
 )
@@ -280,7 +281,7 @@ def test_a_chat_needs_a_template() -> None:
     limits = Limits(
         vocab_size=1000,
         max_model_tokens=100,
-        longest_token_bytes=20,
+        longest_token_bytes=10,
         eos_token_ids=(),
         has_chat_template=False,
     )
@@ -413,3 +414,11 @@ def test_whatever_parses_is_either_refused_or_within_bounds(data: bytes) -> None
     assert 0 <= sampling.top_k < LIMITS.vocab_size
     assert all(token_id < LIMITS.vocab_size for token_id in sampling.stop_token_ids)
     assert spec.max_tokens is None or spec.max_tokens >= max(1, sampling.min_tokens)
+
+
+def test_bytes_a_token_are_bounded_however_long_the_longest_token_is() -> None:
+    limits = dataclasses.replace(LIMITS, longest_token_bytes=256)
+    assert violations(request("x" * 1600), limits) == {}
+    assert violations(request("x" * 1601), limits) == {
+        "text": "has 1601 bytes; this server accepts 1600"
+    }

@@ -11,7 +11,7 @@
       │ ◀─────────────────────── Load ─── │   when it changes, and each second
 
     operators' process                   core
-      │ ── Attach, serves=False ────────▶ │   hears of model and load as a front does
+      │ ── Attach ──────────────────────▶ │   hears of model and load as a front does
       │ ── Drain ───────────────────────▶ │   all fronts hear Draining
       │ ◀──────────────────── Drained ─── │   once no request is left
       │ ── AbortNamed ──────────────────▶ │
@@ -30,7 +30,7 @@ or finished stream is ignored.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -90,8 +90,6 @@ class Attach(_Message, frozen=True):
     """A front begins to speak. Its ZeroMQ identity names it."""
 
     pid: int
-    serves: bool = True
-    """Whether it has streams; the operators' process has none."""
 
 
 class Submit(_Message, frozen=True):
@@ -356,6 +354,8 @@ ToFront: TypeAlias = (
     | TraceData
 )
 
+_T = TypeVar("_T")
+
 _encoder = msgspec.msgpack.Encoder()
 _from_front: msgspec.msgpack.Decoder[FromFront] = msgspec.msgpack.Decoder(FromFront)
 _to_front: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(ToFront)
@@ -368,9 +368,16 @@ def encode(message: FromFront | ToFront) -> bytes:
 
 def decode_from_front(frame: bytes) -> FromFront:
     """Returns what a front sent. Raises msgspec.DecodeError."""
-    return _from_front.decode(frame)
+    return _decoded(_from_front, frame)
 
 
 def decode_to_front(frame: bytes) -> ToFront:
     """Returns what the core sent. Raises msgspec.DecodeError."""
-    return _to_front.decode(frame)
+    return _decoded(_to_front, frame)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
+    try:
+        return decoder.decode(frame)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-_SERVING = ("tokenloom.worker.runner",)
+_SERVING = ("tokenloom.worker.runner", "tokenloom.worker.profile")
 """What every worker imports."""
 _SERVING_ON_GPUS = (
     "tokenloom.worker.attention.widened",

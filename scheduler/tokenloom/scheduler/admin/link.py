@@ -64,7 +64,7 @@ class AdminLink:
 
     async def follow(self) -> None:
         """Says who this is and takes what the core tells, until it is cancelled."""
-        await self._send(Attach(pid=os.getpid(), serves=False))
+        await self._send(Attach(pid=os.getpid()))
         while True:
             frame = await self._socket.recv()
             try:

@@ -51,10 +51,13 @@ def bounded(
 def parsed(
     request_type: type[_Request],
     serve: Callable[[_Request, Context], Awaitable[Message | None]],
+    screen: Callable[[type[Message], bytes], None] | None = None,
 ) -> Callable[[bytes, Context], Awaitable[Message | None]]:
-    """Returns a call that takes its request as bytes."""
+    """Returns a call that takes its request as bytes; `screen` looks at them before."""
 
     async def call(data: bytes, context: Context) -> Message | None:
+        if screen is not None:
+            screen(request_type, data)
         return await serve(parse(request_type, data), context)
 
     return call

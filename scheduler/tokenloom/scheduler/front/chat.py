@@ -20,6 +20,10 @@ class TemplateError(ValueError):
     """The template refuses the messages, or cannot be rendered or compiled."""
 
 
+class PromptTooLong(ValueError):
+    """A prompt is longer than can be served; how long is not worth finding out."""
+
+
 class ChatTemplate:
     """A compiled chat template. Raises TemplateError if the source does not compile."""
 
@@ -30,18 +34,33 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template does not compile: {error}") from error
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """Returns the prompt of (role, content) messages. Raises TemplateError."""
+    def render(self, messages: Sequence[tuple[str, str]], *, max_chars: int | None = None) -> str:
+        """Returns the prompt of (role, content) messages.
+
+        Raises TemplateError, or PromptTooLong as soon as there are more than `max_chars`.
+        """
+        pieces: list[str] = []
+        num_chars = 0
         try:
-            return self._template.render(
+            for piece in self._template.generate(
                 messages=[{"role": role, "content": content} for role, content in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
-            )
+            ):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if max_chars is not None and num_chars > max_chars:
+                    break
         except Exception as error:  # a template runs any expression over the client's text
             raise TemplateError(str(error)) from error
+        if max_chars is not None and num_chars > max_chars:
+            raise PromptTooLong(
+                f"becomes more than {max_chars} characters by the chat template; "
+                f"this server accepts {max_chars}"
+            )
+        return "".join(pieces)
 
 
 class _Generation(jinja2.ext.Extension):

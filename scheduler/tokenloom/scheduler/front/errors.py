@@ -35,6 +35,8 @@ from google.rpc import error_details_pb2, status_pb2
 from tokenloom.scheduler.messages import RefusalReason, Refused
 
 DOMAIN = "tokenloom"
+UNREAD_S = 60.0
+"""How long a client may take to read each of the last messages of a stream that is over."""
 _MAX_VIOLATIONS = 16
 _MAX_MESSAGE_CHARS = 512
 """Both keep a status within the 8 KiB of metadata that clients accept."""
@@ -160,11 +162,8 @@ class ClientTooSlow(RequestError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    def __init__(self, num_tokens: int) -> None:
-        super().__init__(
-            "CLIENT_TOO_SLOW",
-            f"{num_tokens} tokens wait to be read; this server keeps no more for a stream",
-        )
+    def __init__(self, message: str) -> None:
+        super().__init__("CLIENT_TOO_SLOW", message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +248,7 @@ async def abort(
 ) -> NoReturn:
     """Ends a call with the status of an error; `trailers` go with it.
 
-    Waits as long as a client does not read what came before the status; that
-    costs no more than what gRPC has buffered for it.
+    A client that does not read what came before the status never gets it: its stream is cut.
     """
     info = error_details_pb2.ErrorInfo(
         reason=error.reason, domain=DOMAIN, metadata=error.metadata()
@@ -263,7 +261,10 @@ async def abort(
     )
     details: Trailers = (("grpc-status-details-bin", status.SerializeToString()),)
     try:
-        await context.abort(error.code, message, (*error.trailers(), *details, *trailers))
+        async with asyncio.timeout(UNREAD_S):
+            await context.abort(error.code, message, (*error.trailers(), *details, *trailers))
+    except TimeoutError as unread:
+        raise asyncio.CancelledError from unread
     except grpc.aio.InternalError as gone:  # the client left meanwhile
         raise asyncio.CancelledError from gone
 

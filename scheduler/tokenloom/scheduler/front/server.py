@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
+from tokenloom.scheduler.front.connections import connection_options
 from tokenloom.scheduler.front.counts import CallCounts, CountsFile
 from tokenloom.scheduler.front.errors import Absence
 from tokenloom.scheduler.front.health import Health
@@ -96,7 +97,8 @@ class FrontServer:
         # A client that connects again also looks its target's name up again, and so finds replicas
         # that came meanwhile.
         age = ("grpc.max_connection_age_ms", CONNECTION_AGE_MS)
-        self._server = grpc.aio.server(options=(*_OPTIONS, sharing, age))
+        options = (*_OPTIONS, *connection_options(config), sharing, age)
+        self._server = grpc.aio.server(options=options)
         self.address = ""
         """Where the server listens, as a client dials it; set by `start`."""
 

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from tokenloom.scheduler.config import SchedulerConfig
 from tokenloom.scheduler.front.boundary import Context, bounded, parse, parsed
-from tokenloom.scheduler.front.chat import TemplateError
+from tokenloom.scheduler.front.chat import PromptTooLong, TemplateError
+from tokenloom.scheduler.front.connections import max_streams
 from tokenloom.scheduler.front.errors import (
     DRAINING,
     Absence,
     InvalidRequest,
     OtherModel,
+    Overloaded,
     Unavailable,
     Violation,
 )
@@ -40,9 +42,10 @@ from tokenloom.scheduler.front.responses import (
     finish_response,
     pause_response,
 )
+from tokenloom.scheduler.front.screen import SMALL_BYTES, screen
 from tokenloom.scheduler.front.stops import StopScanner, stop_strings
 from tokenloom.scheduler.front.streams import BLOCKED_WRITE_S, End, Stream
-from tokenloom.scheduler.front.text import INLINE_TOKENS, TextModel, digest_of
+from tokenloom.scheduler.front.text import TOKEN_CHARS, TextModel, digest_of
 from tokenloom.scheduler.front.turns import Turns
 from tokenloom.scheduler.front.validate import (
     Beginning,
@@ -66,6 +69,9 @@ MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
 _Request = TypeVar("_Request", bound=Message)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+
+_RETRY_S = 1.0
 
 
 class InferenceServicer:
@@ -93,6 +99,7 @@ class InferenceServicer:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
+        self._max_streams = max_streams(config)
         self.model: ModelReady | Absence = Absence(
             reason="NOT_READY", message="the model is loading"
         )
@@ -125,6 +132,12 @@ class InferenceServicer:
 
     @asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:
+        if self._num_running >= self._max_streams:
+            raise Overloaded(
+                "QUEUE_FULL",
+                f"{self._num_running} streams are open; at most {self._max_streams} may be",
+                _RETRY_S,
+            )
         self._num_running += 1
         self._idle.clear()
         try:
@@ -181,7 +194,7 @@ class InferenceServicer:
         request_type: type[_Request],
         serve: Callable[[_Request, Context], Awaitable[Message]],
     ) -> grpc.RpcMethodHandler[bytes, bytes | None]:
-        serve_bytes = parsed(request_type, serve)
+        serve_bytes = parsed(request_type, serve, self._screen)
 
         async def call(data: bytes, context: Context) -> Message | None:
             self._identities.tenant_of(context)
@@ -189,19 +202,26 @@ class InferenceServicer:
 
         return grpc.unary_unary_rpc_method_handler(bounded(call))
 
+    def _screen(self, request_type: type[Message], data: bytes) -> None:
+        """Refuses, before it is parsed, what is too much to parse."""
+        if len(data) > SMALL_BYTES:
+            screen(request_type, data, self._limits())
+
     async def generate(self, data: bytes, context: Context) -> None:
         """Streams one completion. Whatever comes of the call stands in the journal."""
-        async with self._running():
-            with self._journal.entry(context) as record:
+        with self._journal.entry(context) as record:
+            async with self._running():
                 tenant = self._identities.tenant_of(context)
                 record.tenant = tenant.name
+                self._screen(pb.GenerateRequest, data)
                 request = parse(pb.GenerateRequest, data)
                 await self._generate(request, context, record, tenant)
 
     async def tokenize(self, request: pb.TokenizeRequest, _: Context) -> pb.TokenizeResponse:
         """Returns the token ids that Generate would use."""
-        prompt = validate_tokenize(request, self._limits())
-        return pb.TokenizeResponse(token_ids=await self._tokens(prompt))
+        limits = self._limits()
+        prompt = validate_tokenize(request, limits)
+        return pb.TokenizeResponse(token_ids=await self._tokens(prompt, limits))
 
     async def detokenize(self, request: pb.DetokenizeRequest, _: Context) -> pb.DetokenizeResponse:
         """Returns the text of token ids."""
@@ -230,7 +250,7 @@ class InferenceServicer:
     ) -> None:
         limits = self._limits()
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
-        tokens = await self._tokens(spec.prompt)
+        tokens = await self._tokens(spec.prompt, limits)
         max_tokens = fit(spec, len(tokens), self._limits())  # they may have changed meanwhile
         stream = self._stream(spec, record)
         record.is_chat = isinstance(spec.prompt, ChatPrompt)
@@ -270,7 +290,7 @@ class InferenceServicer:
         if beginning.fingerprint != call.fingerprint:
             raise OtherModel(began=beginning.fingerprint, here=call.fingerprint)
         await self._text.offload(
-            len(beginning.token_ids) > INLINE_TOKENS,
+            TOKEN_CHARS * len(beginning.token_ids),
             lambda: stream.resume(beginning, max_tokens=call.max_tokens),
         )
 
@@ -314,20 +334,26 @@ class InferenceServicer:
             on_event=partial(self._journal.mark, record),
         )
 
-    async def _tokens(self, prompt: Prompt) -> NDArray[np.int32]:
-        match prompt:
-            case TokenPrompt():
-                return prompt.ids
-            case TextPrompt():
-                return await self._text.encode(prompt.text)
-            case ChatPrompt():
-                try:
-                    return await self._text.encode_chat(prompt.messages)
-                except TemplateError as error:
-                    violation = Violation(field=prompt.field, description=str(error)[:256])
-                    raise InvalidRequest([violation]) from error
-            case _:
-                assert_never(prompt)
+    async def _tokens(self, prompt: Prompt, limits: Limits) -> NDArray[np.int32]:
+        most_tokens = limits.max_model_tokens
+        try:
+            match prompt:
+                case TokenPrompt():
+                    return prompt.ids
+                case TextPrompt():
+                    return await self._text.encode(prompt.text, most_tokens=most_tokens)
+                case ChatPrompt():
+                    return await self._text.encode_chat(
+                        prompt.messages, most_tokens=most_tokens, max_chars=limits.max_prompt_bytes
+                    )
+                case _:
+                    assert_never(prompt)
+        except TemplateError as error:
+            violation = Violation(field=prompt.field, description=str(error)[:256])
+            raise InvalidRequest([violation]) from error
+        except PromptTooLong as error:
+            violation = Violation(field=prompt.field, description=str(error))
+            raise InvalidRequest([violation], "PROMPT_TOO_LONG") from error
 
 
 def _server_version() -> str:

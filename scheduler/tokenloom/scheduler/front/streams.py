@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from tokenloom.scheduler.front import errors
 from tokenloom.scheduler.front.detokenize import Detokenizer
 from tokenloom.scheduler.front.errors import (
     Absence,
@@ -113,6 +114,8 @@ class Stream:
 
         self._waiter: asyncio.Future[None] | None = None
         self._writer: asyncio.Task[object] | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        """Ends a write that begins or goes on when the completion is over."""
 
     def resume(self, beginning: Beginning, *, max_tokens: int) -> None:
         """Takes what the client has already; must come before anything from the core.
@@ -171,7 +174,12 @@ class Stream:
         if self._scanner is not None:
             self._scan(self._scanner, token)
         if len(self._pending) > self._max_buffer_tokens:
-            self.fail(ClientTooSlow(self._max_buffer_tokens))
+            self.fail(
+                ClientTooSlow(
+                    f"{self._max_buffer_tokens} tokens wait to be read; "
+                    "this server keeps no more for a stream"
+                )
+            )
         elif self._waiter is not None:
             self._wake()
 
@@ -196,6 +204,8 @@ class Stream:
         self.is_over = True
         if self.error is None:
             self._conclude(finished)
+        if self._writer is not None:
+            self._lose_patience(self._writer)
         self._wake()
 
     def fail(self, error: RequestError) -> None:
@@ -217,6 +227,15 @@ class Stream:
     def _interrupt(self, writer: asyncio.Task[object]) -> None:
         if self._writer is writer:
             writer.cancel()
+
+    def _lose_patience(self, writer: asyncio.Task[object]) -> None:
+        """From now on the write under way has an end, whether the client reads or not."""
+
+        def give_up() -> None:
+            if self._writer is writer:
+                self.fail(ClientTooSlow(f"the rest is not read within {errors.UNREAD_S:g} s"))
+
+        self._patience = asyncio.get_running_loop().call_later(errors.UNREAD_S, give_up)
 
     def _conclude(self, finished: Finished) -> None:
         if finished.reason is FinishReason.NO_ROOM:
@@ -314,6 +333,8 @@ class Stream:
         """Waits for a write to the client. Raises the stream's error if it ends meanwhile."""
         task = asyncio.current_task()
         self._writer = task
+        if self.is_over and task is not None:
+            self._lose_patience(task)
         try:
             await write
         except asyncio.CancelledError:
@@ -322,6 +343,8 @@ class Stream:
             raise self.error from None
         finally:
             self._writer = None
+            if self._patience is not None:
+                self._patience.cancel()
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

@@ -16,16 +16,34 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tokenloom.scheduler.front.chat import ChatTemplate, TemplateError, find_template
+from tokenloom.scheduler.front.chat import (
+    ChatTemplate,
+    PromptTooLong,
+    TemplateError,
+    find_template,
+)
 from tokenloom.scheduler.front.detokenize import Detokenizer, DetokenizerFactory
+from tokenloom.scheduler.front.errors import Overloaded
+from tokenloom.scheduler.front.trial import try_template
 
 T = TypeVar("T")
 
 _INLINE_CHARS = 2048
 """Shorter texts are tokenized in the event loop: a thread would cost about as much."""
-INLINE_TOKENS = 1024
-"""As above, for decoding."""
+TOKEN_CHARS = 2
+"""Decoding a token is about as much work as encoding so many characters."""
+_MESSAGE_CHARS = 64
+"""Rendering a message of a chat is, beside its text."""
 _NUM_THREADS = 2
+_LONG_CHARS = 256 * 1024
+"""Longer texts wait for each other, in a thread of their own, and not the shorter ones for them."""
+_MAX_WAITING_CHARS = 64 * 1024 * 1024
+"""Of texts that wait for a thread, in all; more are refused."""
+_CHUNK_CHARS = 64 * 1024
+"""Of a text that is unlikely to fit, so much is counted at once."""
+_LIKELY_BYTES = 4
+"""A text of fewer bytes for each token that fits is likely to fit."""
+_RETRY_S = 1.0
 
 
 class CheckpointError(Exception):
@@ -50,6 +68,8 @@ class TextModel:
         self._template = template
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
+        self._long_thread = ThreadPoolExecutor(1, thread_name_prefix="long text")
+        self._num_waiting_chars = 0
         self.eos_token_ids = eos_token_ids
         self.architecture = architecture
         self.fingerprint = fingerprint
@@ -65,43 +85,107 @@ class TextModel:
         """Returns the detokenizer of one stream."""
         return self._detokenizers.new(skip_special_tokens=skip_special_tokens)
 
-    async def encode(self, text: str) -> NDArray[np.int32]:
-        """Returns the text's token ids, [num_tokens]; no special token is added."""
-        return await self.offload(len(text) > _INLINE_CHARS, lambda: self._encode(text))
+    async def encode(self, text: str, *, most_tokens: int | None = None) -> NDArray[np.int32]:
+        """Returns the text's token ids, [num_tokens]; no special token is added.
 
-    async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
-        """Returns the token ids of (role, content) messages. Raises TemplateError."""
-        num_chars = sum(len(content) for _, content in messages)
-        return await self.offload(
-            num_chars > _INLINE_CHARS, lambda: self._encode(self._render(messages))
-        )
+        Raises PromptTooLong where they are obviously more than `most_tokens`, and Overloaded.
+        """
+        errand = _Errand()
+        try:
+            return await self.offload(len(text), lambda: self._encode(text, most_tokens, errand))
+        finally:
+            errand.is_over = True
+
+    async def encode_chat(
+        self,
+        messages: Sequence[tuple[str, str]],
+        *,
+        most_tokens: int | None = None,
+        max_chars: int | None = None,
+    ) -> NDArray[np.int32]:
+        """Returns the token ids of (role, content) messages.
+
+        Raises TemplateError and, as `encode`, PromptTooLong and Overloaded.
+        """
+        errand = _Errand()
+
+        def work() -> NDArray[np.int32]:
+            return self._encode(self._render(messages, max_chars), most_tokens, errand)
+
+        num_chars = sum(_MESSAGE_CHARS + len(content) for _, content in messages)
+        try:
+            return await self.offload(num_chars, work)
+        finally:
+            errand.is_over = True
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Returns the text of token ids; unknown ids have none."""
+        """Returns the text of token ids; unknown ids have none. Raises Overloaded."""
         return await self.offload(
-            len(ids) > INLINE_TOKENS,
+            TOKEN_CHARS * len(ids),
             lambda: self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens),
         )
 
-    async def offload(self, is_long: bool, work: Callable[[], T]) -> T:  # noqa: FBT001 - a condition
-        """Runs long work on text in a thread, so that streams do not stall."""
-        if is_long:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        return work()
+    async def offload(self, num_chars: int, work: Callable[[], T]) -> T:
+        """Runs long work on text in a thread, so that streams do not stall. Raises Overloaded."""
+        if num_chars <= _INLINE_CHARS:
+            return work()
+        if self._num_waiting_chars + num_chars > _MAX_WAITING_CHARS:
+            raise Overloaded(
+                "QUEUE_FULL",
+                f"{self._num_waiting_chars} characters wait to be tokenized and this request has "
+                f"{num_chars}; at most {_MAX_WAITING_CHARS} may wait",
+                _RETRY_S,
+            )
+        threads = self._threads if num_chars <= _LONG_CHARS else self._long_thread
+        self._num_waiting_chars += num_chars
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
+        finally:
+            self._num_waiting_chars -= num_chars
 
     def close(self) -> None:
         """Ends the threads; what they work on is finished and dropped."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._long_thread):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _render(self, messages: Sequence[tuple[str, str]]) -> str:
+    def _render(self, messages: Sequence[tuple[str, str]], max_chars: int | None) -> str:
         if self._template is None:
             raise TemplateError("the served model has no chat template")
-        return self._template.render(messages)
+        return self._template.render(messages, max_chars=max_chars)
 
-    def _encode(self, text: str) -> NDArray[np.int32]:
+    def _encode(self, text: str, most_tokens: int | None, errand: _Errand) -> NDArray[np.int32]:
+        if most_tokens is not None and len(text) > _CHUNK_CHARS:
+            num_bytes = len(text.encode())
+            if num_bytes > _LIKELY_BYTES * most_tokens:
+                self._look_through(text, most_tokens, errand)
         # The batch call lets go of the interpreter lock and computes no offsets.
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.asarray(encoding.ids, dtype=np.int32)
+
+    def _look_through(self, text: str, most_tokens: int, errand: _Errand) -> None:
+        """Raises PromptTooLong for a text with more than twice as many tokens as fit.
+
+        A text costs some 450 bytes for each of its own while it is tokenized, so it is counted
+        by pieces before. Where pieces meet, the count is wrong by a few.
+        """
+        num_tokens = 0
+        for start in range(0, len(text), _CHUNK_CHARS):
+            if errand.is_over:
+                raise asyncio.CancelledError
+            chunk = text[start : start + _CHUNK_CHARS]
+            num_tokens += len(
+                self._tokenizer.encode_batch_fast([chunk], add_special_tokens=False)[0]
+            )
+            if num_tokens > 2 * most_tokens:
+                raise PromptTooLong(
+                    f"prompt has more than {most_tokens} tokens; this server accepts {most_tokens}"
+                )
+
+
+class _Errand:
+    """Tells a thread whether anybody waits for it."""
+
+    is_over = False
 
 
 def load_text_model(model: str) -> TextModel:
@@ -137,7 +221,10 @@ def load_text_model(model: str) -> TextModel:
         raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
     try:
         template = find_template(read, tokenizer_config)
-        compiled = None if template is None else ChatTemplate(template, special_tokens)
+        compiled = None
+        if template is not None:
+            try_template(template, special_tokens)
+            compiled = ChatTemplate(template, special_tokens)
     except TemplateError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     eos_token_ids = _eos_token_ids(read_object("generation_config.json"), config)

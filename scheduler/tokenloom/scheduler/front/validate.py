@@ -8,7 +8,7 @@ and chat prompts are known only after tokenization: `fit` checks them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -28,6 +28,9 @@ MAX_STOP_TOKEN_IDS = 32
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_BYTES = 32 * 1024 * 1024
 """Also what a request message may have."""
+MAX_BYTES_PER_TOKEN = 16
+"""Of a prompt, on average: text has 4, code with deep indentation 6. What has more than this is
+made to take memory: tokenizers take some 450 bytes for each, however few tokens come out."""
 MIN_TEMPERATURE = 1e-4
 """A lower one draws as greedy does, and its reciprocal overflows: it counts as 0."""
 MIN_REPETITION_PENALTY = 0.01
@@ -47,8 +50,9 @@ class Limits:
 
     @property
     def max_prompt_bytes(self) -> int:
-        """A longer text has more tokens than fit, however it is tokenized."""
-        return min(MAX_PROMPT_BYTES, self.max_model_tokens * self.longest_token_bytes)
+        """A longer text has more tokens than fit, or is made of nothing but the longest."""
+        token_bytes = min(self.longest_token_bytes, MAX_BYTES_PER_TOKEN)
+        return min(MAX_PROMPT_BYTES, self.max_model_tokens * token_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +366,7 @@ def _sampling(
         seed=given.seed if given.HasField("seed") else fallback_seed,
         min_tokens=request.stopping.min_tokens,
         stop_token_ids=_stop_token_ids(request.stopping, limits, found),
-        logit_bias=_logit_bias(given.logit_bias.items(), limits, found),
+        logit_bias=_logit_bias(given.logit_bias, limits, found),
         num_top_logprobs=num_top_logprobs,
     )
 
@@ -426,16 +430,16 @@ def _stop_strings(strings: Sequence[str], found: _Violations) -> tuple[str, ...]
 
 
 def _logit_bias(
-    biases: Iterable[tuple[int, float]], limits: Limits, found: _Violations
+    biases: Mapping[int, float], limits: Limits, found: _Violations
 ) -> tuple[tuple[int, float], ...]:
-    entries = tuple(sorted(biases))
     field = "sampling.logit_bias"
     if not found.check(
-        len(entries) <= MAX_LOGIT_BIASES,
+        len(biases) <= MAX_LOGIT_BIASES,
         field,
-        f"has {len(entries)} entries; this server accepts {MAX_LOGIT_BIASES}",
+        f"has {len(biases)} entries; this server accepts {MAX_LOGIT_BIASES}",
     ):
         return ()
+    entries = tuple(sorted(biases.items()))
     _token_ids([token_id for token_id, _ in entries], field, limits, found)
     for token_id, bias in entries:
         found.check(
