@@ -12,6 +12,7 @@ MEASUREMENTS = {
     "round-trip": "round_trip",
     "streams": "streams",
     "recovery": "recovery",
+    "deadlines": "deadlines",
 }
 
 
