@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "streams": "streams",
     "recovery": "recovery",
     "balancing": "balancing",
+    "deadlines": "deadlines",
 }
 
 
