@@ -87,6 +87,21 @@ def profile(admin: AdminStub, num_steps: int, timeout_s: float = 30) -> grpc.Sta
     return grpc.StatusCode.OK
 
 
+def profile_under_way(admin: AdminStub) -> Any:  # noqa: ANN401 - gRPC's types for it are private
+    """Returns a call that waits for steps, on a server that has none to do."""
+    calls: list[Any] = []
+
+    def is_refused_beside() -> bool:
+        calls.append(admin.Profile(admin_pb2.ProfileRequest(num_steps=5)))
+        if profile(admin, 5, timeout_s=1) is grpc.StatusCode.FAILED_PRECONDITION:
+            return True
+        calls.pop().cancel()  # the second came first
+        return False
+
+    wait_until(is_refused_beside, 30)
+    return calls[0]
+
+
 def health(address: str, service: str) -> int:
     with grpc.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -180,10 +195,8 @@ def test_each_rank_shows_what_it_did_in_the_next_steps(checkpoint: Path, tmp_pat
 
 def test_one_profile_at_a_time_and_who_leaves_makes_room(checkpoint: Path) -> None:
     with operated(checkpoint) as (server, admin):
-        idle = admin.Profile(admin_pb2.ProfileRequest(num_steps=5))  # no step comes
-        taken = grpc.StatusCode.FAILED_PRECONDITION
-        wait_until(lambda: profile(admin, 5, timeout_s=1) is taken, 20)
-        idle.cancel()
+        waiting = profile_under_way(admin)
+        waiting.cancel()
         stream = LongStream(server, 1, 300)
         wait_until(lambda: profile(admin, 3) is grpc.StatusCode.OK, 20)
         stream.join()
@@ -214,9 +227,7 @@ def test_without_a_model_there_is_nothing_to_profile_and_the_loss_of_it_ends_a_p
         assert profile(admin, 5) is grpc.StatusCode.UNAVAILABLE
         worker = server.start_fake_worker(*WORKER)
         server.client().close()
-        waiting = admin.Profile(admin_pb2.ProfileRequest(num_steps=5))
-        taken = grpc.StatusCode.FAILED_PRECONDITION
-        wait_until(lambda: profile(admin, 5, timeout_s=1) is taken, 20)
+        waiting = profile_under_way(admin)
         worker.kill()
         with pytest.raises(grpc.RpcError) as lost:
             next(waiting)

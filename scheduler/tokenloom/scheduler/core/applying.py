@@ -29,7 +29,7 @@ def apply(state: State, result: StepDone, now: float) -> None:
     state.in_flight.popleft()
     pool.now_s = now
     state.totals.end_step(num_requests=len(record.slots), now=now)
-    state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=result.compute_s)
+    _note_step(state, record, result.compute_s, now)
 
     # A request that ended or was preempted since has left its slot: its rows are dropped.
     alive = slots.tenure[record.slots] == record.tenures
@@ -107,6 +107,18 @@ def _shares(
         decode_weight=state.costs.decode_weight(record.num_decoding),
     )
     return shares[alive]
+
+
+def _note_step(state: State, record: StepRecord, compute_s: float, now: float) -> None:
+    """Learns from a step: what it cost the device, and how long it kept others waiting."""
+    state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=compute_s)
+    began_s = max(record.planned_s, state.last_result_s)
+    state.last_result_s = now
+    state.forecast.note_step(
+        num_decoding=record.num_decoding,
+        prompts_s=record.num_prompt_tokens * (state.costs.prompt_token_s or 0.0),
+        step_s=now - began_s,
+    )
 
 
 def _finish(
