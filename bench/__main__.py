@@ -12,6 +12,8 @@ MEASUREMENTS = {
     "round-trip": "round_trip",
     "streams": "streams",
     "recovery": "recovery",
+    "balancing": "balancing",
+    "deadlines": "deadlines",
 }
 
 

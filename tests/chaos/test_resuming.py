@@ -238,6 +238,12 @@ def test_streams_that_replicas_share_all_end_at_the_one_that_stays(
 
         crowd = Crowd(cases=replicas.cases)
         with Client([server.address, replicas.stays.address]) as client:
+
+            def is_shared() -> bool:
+                client.generate([5], max_tokens=1).result()
+                return server.inspect().num_steps > 0
+
+            wait_until(is_shared, 120)
             crowd.run(client, do)
     crowd.assert_undisturbed()
 

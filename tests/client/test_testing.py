@@ -9,6 +9,7 @@ from tokenloom.client import (
     AsyncClient,
     Cancelled,
     Client,
+    Cost,
     DeadlineExceeded,
     Delta,
     FinishReason,
@@ -74,6 +75,7 @@ def test_everything_that_a_server_tells_can_be_said() -> None:
     usage = Usage(
         num_prompt_tokens=9, num_cached_tokens=8, num_completion_tokens=1, queue_s=0.0, decode_s=2.0
     )
+    cost = Cost(gpu_s=0.5, kv_block_s=7.0, num_recomputed_tokens=3, num_preemptions=1, price=0.25)
     answer = Answer(
         [
             Admission(request_id="mine", seed=3, num_prompt_tokens=9, num_cached_tokens=8),
@@ -82,6 +84,7 @@ def test_everything_that_a_server_tells_can_be_said() -> None:
         finish_reason=FinishReason.STOP_STRING,
         stop_string="end",
         usage=usage,
+        cost=cost,
     )
     model = Model(
         name="m",
@@ -95,7 +98,7 @@ def test_everything_that_a_server_tells_can_be_said() -> None:
     with Client(FakeServer(lambda _: answer, model=model)) as client:
         result = client.generate([1], num_top_logprobs=1).result()
         assert (result.request_id, result.seed, result.stop_string) == ("mine", 3, "end")
-        assert (result.usage, result.logprobs) == (usage, logprobs)
+        assert (result.usage, result.logprobs, result.cost) == (usage, logprobs, cost)
         assert client.model() == model
 
 

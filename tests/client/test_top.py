@@ -29,7 +29,7 @@ class Replica:
     """An Admin service that tells a load which grows steadily."""
 
     def __init__(self) -> None:
-        self.report = pb.LoadReport(
+        self.report = pb.WatchLoadResponse(
             model="pocket",
             is_ready=True,
             num_running=31,
@@ -45,7 +45,7 @@ class Replica:
 
     def watch_load(
         self, request: pb.WatchLoadRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.LoadReport]:
+    ) -> Iterator[pb.WatchLoadResponse]:
         while context.is_active() and not self._left.is_set():
             self.report.num_steps += 1
             self.report.num_generated_tokens += 1_000_000
@@ -60,7 +60,7 @@ class Replica:
         handler = grpc.unary_stream_rpc_method_handler(
             self.watch_load,
             request_deserializer=pb.WatchLoadRequest.FromString,
-            response_serializer=pb.LoadReport.SerializeToString,
+            response_serializer=pb.WatchLoadResponse.SerializeToString,
         )
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {"WatchLoad": handler}),)
@@ -133,14 +133,14 @@ def replicas() -> Iterator[list[Replica]]:
         replica.stop()
 
 
-def report(**fields: float) -> pb.LoadReport:
-    made = pb.LoadReport(model="m", is_ready=True)
+def report(**fields: float) -> pb.WatchLoadResponse:
+    made = pb.WatchLoadResponse(model="m", is_ready=True)
     for name, value in fields.items():
         setattr(made, name, value)
     return made
 
 
-def sight(*samples: tuple[float, pb.LoadReport]) -> Sight:
+def sight(*samples: tuple[float, pb.WatchLoadResponse]) -> Sight:
     before, last = (Sample(at_s=at_s, report=each) for at_s, each in samples)
     return Sight(target="a:1", before=before, last=last)
 

@@ -2,7 +2,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from tests.deploy.manifests import (
     validate,
     values_of,
 )
+from tests.deploy.options import given_options, options_of
 from tokenloom.scheduler import cli as scheduler_cli
 from tokenloom.worker import cli as worker_cli
 
 SETS = ("cpu", "production", "two-hosts")
 RENDERED = {name: render(values_of(name)) for name in SETS}
-FLAG = re.compile(r"(--[a-z0-9-]+)")
 
 
 def containers(name: str) -> list[Manifest]:
@@ -174,25 +173,17 @@ def test_scaling_counts_the_replicas_of_this_release_alone() -> None:
     assert monitor["podTargetLabels"] == ["app.kubernetes.io/instance"]
 
 
-def help_of(command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """Returns the options that a command has."""
-    with pytest.raises(SystemExit):
-        command(["--help"])
-    return set(FLAG.findall(capsys.readouterr().out))
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_commands_have_every_option_that_containers_give(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = {
-        "server": help_of(scheduler_cli.serve, capsys),
-        "scheduler": help_of(scheduler_cli.scheduler, capsys),
-        "workers": help_of(worker_cli.worker, capsys),
+        "server": options_of(scheduler_cli.serve, capsys),
+        "scheduler": options_of(scheduler_cli.scheduler, capsys),
+        "workers": options_of(worker_cli.worker, capsys),
     }
     for container in containers(name):
-        given = {found[0] for each in container["args"] if (found := FLAG.match(each))}
-        assert given - known[container["name"]] == set()
+        assert given_options(container["args"]) - known[container["name"]] == set()
 
 
 def test_a_worker_that_ends_ends_all_of_its_host(tmp_path: Path) -> None:

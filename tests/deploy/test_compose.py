@@ -9,8 +9,8 @@ import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
 from tests.architecture.repository import ROOT
+from tests.deploy.options import given_options, options_of
 from tests.deploy.test_alerts import promtool
-from tests.deploy.test_chart import FLAG, help_of
 from tokenloom.scheduler import cli as scheduler_cli
 
 DEPLOY = ROOT / "deploy"
@@ -69,8 +69,7 @@ def test_serve_has_every_option_that_is_given(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = compose(name)["services"]["tokenloom"]["command"]
-    given = {found[0] for each in command if (found := FLAG.match(each))}
-    assert given - help_of(scheduler_cli.serve, capsys) == set()
+    assert given_options(command) - options_of(scheduler_cli.serve, capsys) == set()
 
 
 def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:

@@ -36,8 +36,12 @@ class Envoy:
                 *("--concurrency", "1", "--disable-hot-restart"),
             ]
         )
-        wait_until(self._has_started, START_TIMEOUT_S, alive=self._process)
-        (listener,) = self._ask("listeners?format=json")["listener_statuses"]
+        try:
+            wait_until(self._has_started, START_TIMEOUT_S, alive=self._process)
+            (listener,) = self._ask("listeners?format=json")["listener_statuses"]
+        except BaseException:
+            self._end()
+            raise
         address = listener["local_address"]["socket_address"]
         self.address = f"127.0.0.1:{address['port_value']}"
         """Where clients call."""
@@ -62,7 +66,9 @@ class Envoy:
         wait_until(lambda: self.healthy() == set(addresses), START_TIMEOUT_S, alive=self._process)
 
     def _has_started(self) -> bool:
-        return self._admin.exists() and self._ask("server_info")["state"] == "LIVE"
+        if not self._admin.exists() or not self._admin.read_text():
+            return False
+        return bool(self._ask("server_info")["state"] == "LIVE")
 
     def _ask(self, path: str) -> Any:  # noqa: ANN401 - whatever JSON Envoy answers
         with urlopen(f"http://{self._admin.read_text()}/{path}", timeout=30) as answer:
@@ -77,6 +83,9 @@ class Envoy:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)

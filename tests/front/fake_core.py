@@ -66,7 +66,10 @@ class FakeCore:
         """No request gets more tokens than this, until it is None again."""
         self.stop_tokens = False
         """Whether a stop token ends a request, as in the real core."""
-        self.fault_after: int | None = None
+        self.end_early: tuple[int, FinishReason] | None = None
+        """After how many tokens each request ends, and by what."""
+        self.num_untold = 0
+        """Tokens that a Finished counts and that were never sent."""
         self.step_s = 0.001
         self.pulse: Pulse | None = Pulse(stalled_s=0.0)
         """None: it does not answer a Ping."""
@@ -111,6 +114,12 @@ class FakeCore:
     async def load_model(self, ready: ModelReady = READY) -> None:
         self._ready = ready
         await self._tell(ready)
+
+    async def end_waiting(self, reason: FinishReason) -> None:
+        """Ends all requests that are not admitted."""
+        waiting, self._waiting = self._waiting, []
+        runs = [_Run(submit=submit, tokens=()) for submit in waiting]
+        await self._tell(outputs(finished=[_finished(run, reason) for run in runs]))
 
     async def send_raw(self, frame: bytes) -> None:
         for front in self._fronts:
@@ -187,7 +196,7 @@ class FakeCore:
                 drawn.append(token)
                 reason = self._reason(run)
             if reason is not None:
-                finished.append(_finished(run, reason))
+                finished.append(_finished(run, reason, num_untold=self.num_untold))
                 del self._runs[number]
         if admitted or streams or finished:
             await self._tell(
@@ -207,8 +216,8 @@ class FakeCore:
         stops = run.submit.sampling.stop_token_ids
         if run.stop_at is not None:
             return FinishReason.STOP_STRING
-        if self.fault_after is not None and run.num_sent >= self.fault_after:
-            return FinishReason.FAULT
+        if self.end_early is not None and run.num_sent >= self.end_early[0]:
+            return self.end_early[1]
         if self.stop_tokens and run.num_sent and run.tokens[run.num_sent - 1] in stops:
             return FinishReason.STOP_TOKEN
         return FinishReason.LENGTH if run.num_sent == len(run.tokens) else None
@@ -233,11 +242,11 @@ def outputs(
     )
 
 
-def _finished(run: _Run, reason: FinishReason) -> Finished:
+def _finished(run: _Run, reason: FinishReason, *, num_untold: int = 0) -> Finished:
     is_stop = reason is FinishReason.STOP_TOKEN
     is_string = reason is FinishReason.STOP_STRING
     assert not is_string or run.stop_at is not None
-    num_tokens = run.submit.num_completion_tokens + run.num_sent
+    num_tokens = run.submit.num_completion_tokens + run.num_sent + num_untold
     return Finished(
         stream=run.submit.stream,
         reason=reason,

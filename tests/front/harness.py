@@ -64,6 +64,18 @@ class Refusal:
     retry: error_details_pb2.RetryInfo
     trailers: dict[str, str | bytes]
 
+    @classmethod
+    def bare(cls, code: grpc.StatusCode) -> Refusal:
+        """Returns a status without details."""
+        return cls(
+            code=code,
+            message="",
+            info=error_details_pb2.ErrorInfo(),
+            bad_request=error_details_pb2.BadRequest(),
+            retry=error_details_pb2.RetryInfo(),
+            trailers={},
+        )
+
     @property
     def fields(self) -> list[str]:
         return [violation.field for violation in self.bad_request.field_violations]

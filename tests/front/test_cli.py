@@ -99,6 +99,7 @@ def test_every_field_of_the_configuration_has_an_option(
         "max_mixed_prompt_tokens": 4,
         "max_waiting_requests": 7,
         "max_waiting_tokens": 8,
+        "max_waiting_bytes": 10,
         "max_stream_buffer_tokens": 9,
         "spin_us": 123,
         "grace_s": 1.5,
@@ -116,15 +117,17 @@ def test_every_field_of_the_configuration_has_an_option(
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     run_dir = tmp_path / "run"
-    options += ["--listen=0.0.0.0:0", "--insecure", "--no-prefix-cache", "--quantize-lm-head"]
+    flags = ["--no-prefix-cache", "--no-deadline-admission", "--quantize-lm-head"]
+    options += ["--listen=0.0.0.0:0", "--insecure", *flags]
     cli.serve([str(checkpoint), f"--run-dir={run_dir}", *options])
     for field in fields(SchedulerConfig):
         if field.name in settings:
             assert getattr(started.config, field.name) == settings[field.name]
         elif not field.name.startswith("workers_"):  # `serve` starts its workers itself
-            own = {"model", "run_dir", "listen", "insecure", "prefix_cache", "quantize_lm_head"}
-            assert field.name in own
+            flags_too = {"insecure", "prefix_cache", "deadline_admission", "quantize_lm_head"}
+            assert field.name in flags_too | {"model", "run_dir", "listen"}
     assert not started.config.prefix_cache
+    assert not started.config.deadline_admission
     assert started.config.quantize_lm_head
     assert started.config.insecure
     host, port = started.config.listen.split(":")

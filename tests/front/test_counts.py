@@ -24,7 +24,8 @@ from tokenloom.scheduler.front.record import Event, Record
 from tokenloom.scheduler.front.server import FrontServer
 from tokenloom.scheduler.front.text import load_text_model
 from tokenloom.scheduler.messages import RefusalReason, Refused
-from tokenloom.scheduler.samples import Sample, read_all
+from tokenloom.scheduler.sample_files import read_all
+from tokenloom.scheduler.samples import Sample
 
 PRICE = 7.2
 

@@ -17,24 +17,24 @@ from tests.architecture.repository import ROOT
 from tokenloom.scheduler import metrics
 from tokenloom.scheduler.exporter import STALE_S, ServerCollector, summed
 from tokenloom.scheduler.metrics import METRICS, Histogram, Kind
+from tokenloom.scheduler.sample_files import SampleFile, read_all
 from tokenloom.scheduler.samples import (
     Sample,
-    SampleFile,
     Samples,
     added,
     distribution,
     number,
-    read_all,
 )
 
 WRITE_AND_DIE = """
 import sys
 from pathlib import Path
 from tokenloom.scheduler import metrics
-from tokenloom.scheduler.samples import SampleFile, number
+from tokenloom.scheduler.sample_files import SampleFile
+from tokenloom.scheduler.samples import number
 file = SampleFile(Path(sys.argv[1]), "front")
 file.take_over()
-file.write([number(metrics.REQUESTS_REFUSED, 3, "QUEUE_FULL"), number(metrics.READY, 1)], 0.0)
+file.close([number(metrics.REQUESTS_REFUSED, 3, "QUEUE_FULL"), number(metrics.READY, 1)], 0.0)
 """
 
 
@@ -65,7 +65,7 @@ def test_counters_do_not_go_back_however_often_a_front_dies(tmp_path: Path) -> N
     live = SampleFile(tmp_path, "front")
     live.take_over()
     assert refused(tmp_path) == 9
-    live.write([number(metrics.REQUESTS_REFUSED, 1, "QUEUE_FULL")], time.monotonic())
+    live.close([number(metrics.REQUESTS_REFUSED, 1, "QUEUE_FULL")], time.monotonic())
     assert refused(tmp_path) == 10
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -74,7 +74,7 @@ def test_only_one_takes_the_place_of_each_that_died(tmp_path: Path) -> None:
     front_that_dies(tmp_path)
     core = SampleFile(tmp_path, "core")
     core.take_over()
-    core.write([], time.monotonic())
+    core.close([], time.monotonic())
     assert refused(tmp_path) == 3
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -127,6 +127,15 @@ def test_the_documentation_names_every_metric_with_its_type_and_labels() -> None
     ]
 
 
+def test_a_folder_that_is_gone_ends_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = SampleFile(tmp_path / "gone", "core")
+    file.write([number(metrics.STEPS, 1)], 0.0)
+    file.close([number(metrics.STEPS, 2)], 1.0)
+    assert caplog.text.count("metrics cannot be written") == 1
+
+
 def test_a_file_that_is_garbage_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "front-1.samples").write_bytes(b"\x93garbage")
     (tmp_path / "front-2.samples").write_bytes(b"")
@@ -165,7 +174,7 @@ def test_the_exposition_says_what_was_counted_and_the_price_of_it(tmp_path: Path
     histogram = Histogram(metrics.STEP_NUM_REQUESTS)
     for value in (1, 2, 2, 5000):
         histogram.observe(value)
-    SampleFile(tmp_path, "core").write(
+    SampleFile(tmp_path, "core").close(
         [
             distribution(histogram),
             number(metrics.TENANT_GPU_SECONDS, 1800, 'a"b\\c\nd'),

@@ -46,6 +46,16 @@ async def test_a_request_past_its_deadline_is_aborted(endless: Front) -> None:
     assert endless.core.num_running == 0
 
 
+async def test_the_deadline_of_a_call_travels_with_its_request(front: Front) -> None:
+    for timeout_s in (100.0, None, 1e9):
+        async for _ in front.stub.Generate(front.request(max_tokens=1), timeout=timeout_s):
+            pass
+    told, *others = [submit.timeout_s for submit in front.core.submits]
+    assert told is not None
+    assert 50 < told < 150  # gRPC rounds it on its way
+    assert others == [None, None]  # a deadline that nobody lives to see is none
+
+
 async def test_requests_of_a_closed_channel_are_aborted(endless: Front) -> None:
     channel = grpc.aio.insecure_channel(endless.server.address)
     calls = [InferenceStub(channel).Generate(endless.request()) for _ in range(8)]

@@ -142,12 +142,14 @@ def test_counts_of_a_core_that_began_anew_are_not_rates() -> None:
 
 async def test_a_call_that_ends_well_reports_the_load(front: Front) -> None:
     await told(front, load(num_used_blocks=25))
+    await told(front, load(num_used_blocks=25, num_finished=1))
     trailers = await trailers_of(front)
     assert decoded(trailers[REPORT_TRAILER]).application_utilization == pytest.approx(0.25)
 
 
 async def test_a_refusal_reports_the_load_beside_its_reason(front: Front) -> None:
     await told(front, load(queue_fraction=1.0))
+    await told(front, load(queue_fraction=1.0, num_finished=1))
 
     def refuse(submit: Submit) -> Refused:
         return Refused(
@@ -163,8 +165,13 @@ async def test_a_refusal_reports_the_load_beside_its_reason(front: Front) -> Non
     assert decoded(trailers[REPORT_TRAILER]).application_utilization == 1.0
 
 
-async def test_before_the_core_has_told_anything_there_is_no_trailer(front: Front) -> None:
+async def test_before_there_was_load_there_is_no_trailer(front: Front) -> None:
+    """Envoy logs an error for each that it cannot divide."""
     assert REPORT_TRAILER not in await trailers_of(front)
+    await told(front, load(num_used_blocks=25))
+    assert REPORT_TRAILER not in await trailers_of(front)
+    await told(front, load(num_finished=1))
+    assert REPORT_TRAILER in await trailers_of(front)
 
 
 async def test_a_listener_hears_of_the_load_without_calls(front: Front) -> None:

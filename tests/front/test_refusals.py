@@ -14,7 +14,7 @@ import pytest
 from tests.front.fake_core import READY
 from tests.front.harness import Front, refusal, refusal_of, until
 from tokenloom.scheduler.front.streams import Stream
-from tokenloom.scheduler.messages import RefusalReason, Refused, Submit
+from tokenloom.scheduler.messages import FinishReason, RefusalReason, Refused, Submit
 from tokenloom.v1 import inference_pb2 as pb
 from tokenloom.v1.inference_pb2_grpc import InferenceStub
 
@@ -141,7 +141,7 @@ async def test_a_refusal_is_retried_by_grpc_itself_but_an_admitted_request_is_no
 
 
 async def test_a_faulty_request_ends_internal_with_an_id_and_no_more(front: Front) -> None:
-    front.core.fault_after = 3
+    front.core.end_early = (3, FinishReason.FAULT)
     found = await front.refused()
     assert (found.code, found.info.reason) == (grpc.StatusCode.INTERNAL, "MODEL_FAULT")
     assert found.info.metadata["fault_id"] in found.message

@@ -33,7 +33,7 @@ def test_the_worlds_meet_what_they_are_to_judge() -> None:
             for caller in world.callers.values()
         )
     assert {"length", "stop_token", "stop_string", "cancelled", "fault", "crash"} <= ends
-    assert {"queue_full", "too_long"} <= ends
+    assert {"queue_full", "too_long", "deadline", "deadline_unreachable"} <= ends
     assert num_preemptions > 50
     assert num_deaths > 5
     assert num_innocent_suspects > 20

@@ -157,7 +157,7 @@ def run(
                 break
             num_steps += 1
             done_s, compute_s = worker.step(plan, now)
-            results.append((done_s + LINK_S, _result(plan, compute_s)))
+            results.append((done_s + LINK_S, result(plan, compute_s)))
         for outputs in state.take_outputs().values():
             for streams in outputs.streams:
                 for stream in streams.tolist():
@@ -172,7 +172,8 @@ def run(
     )
 
 
-def _result(plan: StepPlan, compute_s: float) -> StepDone:
+def result(plan: StepPlan, compute_s: float) -> StepDone:
+    """Returns what a worker answers whose requests all draw the same token."""
     return StepDone(
         epoch=1,
         step_id=plan.step_id,
@@ -201,9 +202,11 @@ def at_once(count: int, prompts: Range, outputs: Range) -> list[Arrival]:
     return [_arrival(0.0, random, prompts, outputs) for _ in range(count)]
 
 
-def poisson(rate: float, seconds: float, prompts: Range, outputs: Range) -> list[Arrival]:
+def poisson(
+    rate: float, seconds: float, prompts: Range, outputs: Range, *, seed: int = 1
+) -> list[Arrival]:
     """Returns `rate` requests a second at random times."""
-    random = np.random.default_rng(1)
+    random = np.random.default_rng(seed)
     arrivals, at_s = [], 0.0
     while (at_s := at_s + float(random.exponential(1 / rate))) < seconds:
         arrivals.append(_arrival(at_s, random, prompts, outputs))

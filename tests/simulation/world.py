@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from tests.core.processes import sampling
-from tokenloom.scheduler.core import admission, applying, crashes, planning
+from tokenloom.scheduler.core import admission, applying, crashes, planning, timeliness
 from tokenloom.scheduler.core.state import FrontOutputs, Limits, ModelSpec, State
 from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop, Submit
 from tokenloom.wire.messages import Configure, SamplingParams, Step
@@ -52,6 +52,7 @@ class Caller:
     """Tokens after which it aborts; 0: while it waits or right after."""
     stops_after: int | None
     """Tokens after which its front sees a stop string."""
+    deadline_s: float | None
     arrived_s: float
     expected: list[int]
     tokens: list[int] = field(default_factory=list)
@@ -91,7 +92,9 @@ class World:
             max_mixed_prompt_tokens=draw.choice([None, 1, 4, 512]),
             max_waiting_requests=draw.choice([4, 1000]),
             max_waiting_tokens=draw.choice([100, 100_000]),
+            max_waiting_bytes=draw.choice([10_000, 1_000_000]),
             prefix_cache=draw.random() < 0.8,
+            deadline_admission=draw.random() < 0.8,
         )
         self.max_request_tokens = max_request_tokens
         self.state = State(self.limits)
@@ -178,6 +181,8 @@ class World:
             caller = self._caller(stream, prompt, when)
             self.callers[caller.front, caller.stream] = caller
             self._at(when, lambda caller=caller: self._submit(caller))  # type: ignore[misc]
+            if caller.deadline_s is not None:
+                self._at(caller.deadline_s, lambda: None)  # it wakes the core
             if caller.leaves_after == 0:
                 self._at(
                     when + draw.random() * 0.2,
@@ -221,6 +226,7 @@ class World:
             salt=draw.choice(["", "", "other"]),
             leaves_after=draw.choice([None] * 6 + [0, 3]),
             stops_after=draw.choice([None] * 8 + [4]),
+            deadline_s=draw.choice([None, None, None, arrived_s + 3 * draw.random()]),
             arrived_s=arrived_s,
             expected=expected,
             tokens=self._beginning(expected, stop_ids) if prompt[-1] != FAULTY else [],
@@ -244,6 +250,7 @@ class World:
                 sampling=caller.sampling,
                 salt=caller.salt,
                 num_completion_tokens=len(caller.tokens),
+                timeout_s=None if caller.deadline_s is None else caller.deadline_s - self.now,
             ),
             self.now,
         )
@@ -254,6 +261,9 @@ class World:
         self._check()
 
     def _advance(self) -> None:
+        timeliness.expire(self.state, self.now)
+        if late := [key for key in self.state.requests if self._is_late(self.callers[key])]:
+            self._fail(f"requests {late} live on after their deadline")
         while self.state.spec and len(self.state.in_flight) < MAX_STEPS_IN_FLIGHT:
             oldest = min(
                 (r for r in self.state.requests.values() if r.slot is not None),
@@ -265,6 +275,8 @@ class World:
                 self._fail("the oldest running request had to give way")
             if plan is None:
                 break
+            for slot in plan.span_slots.tolist():
+                self._judge_span(slot)
             self.num_steps += 1
             if len(plan.span_slots) and plan.span_lengths.sum() > self.fake.max_step_tokens:
                 self._fail(f"step {plan.step_id} is over its token budget")
@@ -369,6 +381,14 @@ class World:
             self.trace(f"{self.now:8.3f} stream {finished.stream} ends: {finished.reason}")
             self._judge_end(caller, finished.stop_token_id, finished.num_completion_tokens)
 
+    def _is_late(self, caller: Caller) -> bool:
+        return caller.deadline_s is not None and caller.deadline_s <= self.now
+
+    def _judge_span(self, slot: int) -> None:
+        request = self.state.slots.requests[slot] if self.state.slots is not None else None
+        if request is None or self._is_late(self.callers[request.front, request.stream]):
+            self._fail(f"a step computes for slot {slot}, whose deadline has passed")
+
     def _read_token(self, caller: Caller, token: int) -> None:
         if not caller.admitted:
             self._fail(f"stream {caller.stream} has a token before it is admitted")
@@ -389,6 +409,11 @@ class World:
             RefusalReason.TOO_LONG: not fits,
             RefusalReason.QUEUE_FULL: fits,
             RefusalReason.NOT_READY: self.state.spec is None,
+            RefusalReason.DEADLINE_UNREACHABLE: (
+                caller.deadline_s is not None
+                and not caller.admitted
+                and self.limits.deadline_admission
+            ),
         }
         if not right.get(reason, False):
             self._fail(f"stream {caller.stream} is refused for {reason}")
@@ -406,6 +431,8 @@ class World:
                 right = num_tokens == caller.stops_after
             case FinishReason.CANCELLED:
                 right = caller.left
+            case FinishReason.DEADLINE:
+                right = self._is_late(caller)
             case FinishReason.FAULT:
                 right = caller.prompt[-1] == FAULTY and not tokens
             case FinishReason.CRASH:

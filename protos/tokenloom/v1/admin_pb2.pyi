@@ -159,7 +159,7 @@ class WatchLoadRequest(_message.Message):
 Global___WatchLoadRequest: _TypeAlias = WatchLoadRequest  # noqa: Y015
 
 @_typing.final
-class LoadReport(_message.Message):
+class WatchLoadResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -235,4 +235,4 @@ class LoadReport(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+Global___WatchLoadResponse: _TypeAlias = WatchLoadResponse  # noqa: Y015

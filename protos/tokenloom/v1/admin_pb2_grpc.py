@@ -53,7 +53,7 @@ class AdminStub:
         self.WatchLoad = channel.unary_stream(
                 '/tokenloom.v1.Admin/WatchLoad',
                 request_serializer=tokenloom_dot_v1_dot_admin__pb2.WatchLoadRequest.SerializeToString,
-                response_deserializer=tokenloom_dot_v1_dot_admin__pb2.LoadReport.FromString,
+                response_deserializer=tokenloom_dot_v1_dot_admin__pb2.WatchLoadResponse.FromString,
                 _registered_method=True)
 
 
@@ -112,7 +112,7 @@ def add_AdminServicer_to_server(servicer, server):
             'WatchLoad': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLoad,
                     request_deserializer=tokenloom_dot_v1_dot_admin__pb2.WatchLoadRequest.FromString,
-                    response_serializer=tokenloom_dot_v1_dot_admin__pb2.LoadReport.SerializeToString,
+                    response_serializer=tokenloom_dot_v1_dot_admin__pb2.WatchLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,7 +223,7 @@ class Admin:
             target,
             '/tokenloom.v1.Admin/WatchLoad',
             tokenloom_dot_v1_dot_admin__pb2.WatchLoadRequest.SerializeToString,
-            tokenloom_dot_v1_dot_admin__pb2.LoadReport.FromString,
+            tokenloom_dot_v1_dot_admin__pb2.WatchLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

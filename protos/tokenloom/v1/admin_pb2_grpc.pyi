@@ -43,7 +43,7 @@ class AdminStub:
     """
     Profile: _grpc.UnaryStreamMultiCallable[_admin_pb2.ProfileRequest, _admin_pb2.ProfileResponse]
     """Records some of the next steps in each worker: the trace of each rank, in pieces."""
-    WatchLoad: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.LoadReport]
+    WatchLoad: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.WatchLoadResponse]
     """Tells how busy the server is, now and then again."""
 
 @_typing.type_check_only
@@ -61,7 +61,7 @@ class AdminAsyncStub(AdminStub):
     """
     Profile: _aio.UnaryStreamMultiCallable[_admin_pb2.ProfileRequest, _admin_pb2.ProfileResponse]  # type: ignore[assignment]
     """Records some of the next steps in each worker: the trace of each rank, in pieces."""
-    WatchLoad: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.LoadReport]  # type: ignore[assignment]
+    WatchLoad: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.WatchLoadResponse]  # type: ignore[assignment]
     """Tells how busy the server is, now and then again."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
@@ -100,7 +100,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admin_pb2.WatchLoadRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_admin_pb2.LoadReport], _abc.AsyncIterator[_admin_pb2.LoadReport]]:
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchLoadResponse], _abc.AsyncIterator[_admin_pb2.WatchLoadResponse]]:
         """Tells how busy the server is, now and then again."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

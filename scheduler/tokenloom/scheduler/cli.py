@@ -72,6 +72,7 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ),
     ("max_waiting_requests", int, "requests that may wait; one more is refused"),
     ("max_waiting_tokens", int, "prompt tokens that may wait in all; more are refused"),
+    ("max_waiting_bytes", int, "bytes of memory that waiting requests may take"),
     ("max_stream_buffer_tokens", int, "tokens kept for a client that does not read"),
     (
         "spin_us",
@@ -279,6 +280,12 @@ def _add_scheduler_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="listen without TLS where other hosts reach it; meant for networks that encrypt",
     )
+    parser.add_argument(
+        "--deadline-admission",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS["deadline_admission"],
+        help="refuse requests that would not be done by their deadline",
+    )
 
 
 def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]], *, stand_by: bool) -> int:
@@ -298,6 +305,7 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]], *, stand_by
                 log_format=args.log_format,
                 log_level=args.log_level,
                 insecure=args.insecure,
+                deadline_admission=args.deadline_admission,
                 **given,
             )
             if config.num_fronts > 1:

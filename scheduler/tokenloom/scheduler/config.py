@@ -25,6 +25,7 @@ _LEAST = {
         "max_mixed_prompt_tokens",
         "max_waiting_requests",
         "max_waiting_tokens",
+        "max_waiting_bytes",
         "max_stream_buffer_tokens",
     ),
     2: ("max_model_tokens",),
@@ -105,6 +106,11 @@ class SchedulerConfig:
     """Requests that may wait; one more is refused."""
     max_waiting_tokens: int = 8 * 1024 * 1024
     """Prompt tokens that may wait in all; more are refused."""
+    max_waiting_bytes: int = 256 * 1024 * 1024
+    """Bytes of the core's memory that waiting requests may take; more are refused."""
+    deadline_admission: bool = True
+    """Whether requests are refused that would not be done by their deadline, by what requests and
+    steps took lately."""
     max_stream_buffer_tokens: int = 8192
     """Tokens kept for a client that does not read; past it the stream is ended."""
     prefix_cache: bool = True

@@ -32,6 +32,7 @@ from tokenloom.scheduler import metrics
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.messages import FinishReason
 from tokenloom.scheduler.metrics import METRICS, Histogram, Kind, Metric
+from tokenloom.scheduler.sample_files import read_all
 from tokenloom.scheduler.samples import (
     Sample,
     Samples,
@@ -39,7 +40,6 @@ from tokenloom.scheduler.samples import (
     distribution,
     is_gauge,
     number,
-    read_all,
 )
 from tokenloom.wire.logs import set_up_logs
 

@@ -12,18 +12,11 @@ counters never go back.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable
 
 import msgspec
 
 from tokenloom.scheduler.metrics import METRICS_BY_NAME, Histogram, Kind, Metric
-
-INTERVAL_S = 0.5
-"""Between two writings of a process."""
-_SUFFIX = ".samples"
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
@@ -75,63 +68,3 @@ def _sum(one: Sample, other: Sample) -> Sample:
 def is_gauge(sample: Sample) -> bool:
     """Returns whether a sample stops being true when its process is gone."""
     return METRICS_BY_NAME[sample.name].kind is Kind.GAUGE
-
-
-class SampleFile:
-    """Where one process writes, in a folder of all processes of a server."""
-
-    def __init__(self, folder: Path, role: str) -> None:
-        """Processes of the same `role` take each other's place."""
-        self._folder = folder
-        self._role = role
-        self._path = folder / f"{role}-{os.getpid()}{_SUFFIX}"
-        self._before: list[Sample] = []
-        """What the process told whose place this one took."""
-        self._due_s = 0.0
-
-    def take_over(self) -> None:
-        """Goes on with the file of a process of the same role that died, if there is one."""
-        for path in sorted(self._folder.glob(f"{self._role}-*{_SUFFIX}")):
-            if _is_alive(int(path.stem.rpartition("-")[-1])):
-                continue
-            with suppress(FileNotFoundError):  # another one was faster
-                path.rename(self._path)
-                if (found := _read(self._path)) is not None:
-                    self._before = [each for each in found.samples if not is_gauge(each)]
-                return
-
-    def is_due(self, now: float) -> bool:
-        """Returns whether it is time to write."""
-        return now >= self._due_s
-
-    def write(self, samples: Iterable[Sample], now: float) -> None:
-        """Replaces the file, whole or not at all."""
-        self._due_s = now + INTERVAL_S
-        told = Samples(now, tuple(added([*self._before, *samples])))
-        draft = self._path.with_suffix(".draft")
-        draft.write_bytes(msgspec.msgpack.encode(told))
-        draft.replace(self._path)
-
-
-def read_all(folder: Path) -> Iterator[Samples]:
-    """Yields what each process wrote last, also those that are gone."""
-    for path in sorted(folder.glob(f"*{_SUFFIX}")):
-        if (found := _read(path)) is not None:
-            yield found
-
-
-def _read(path: Path) -> Samples | None:
-    try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=Samples)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -26,7 +26,7 @@ class Sample:
 
     at_s: float
     """Of a clock that only grows."""
-    report: pb.LoadReport
+    report: pb.WatchLoadResponse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ class Watch:
             return str(error)
         return "the server ended the call"
 
-    def _see(self, place: int, report: pb.LoadReport) -> None:
+    def _see(self, place: int, report: pb.WatchLoadResponse) -> None:
         sample = Sample(at_s=time.monotonic(), report=report)
         with self._changed:
             old = self._sights[place]

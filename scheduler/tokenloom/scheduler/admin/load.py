@@ -23,11 +23,11 @@ def interval_of(request: pb.WatchLoadRequest) -> float:
     return interval_s
 
 
-def report_of(load: Load | None, *, model: str, is_ready: bool) -> pb.LoadReport:
+def report_of(load: Load | None, *, model: str, is_ready: bool) -> pb.WatchLoadResponse:
     """Returns the report on what the core told last; `model` is empty while none is served."""
     if load is None:
-        return pb.LoadReport(model=model, is_ready=is_ready)
-    return pb.LoadReport(
+        return pb.WatchLoadResponse(model=model, is_ready=is_ready)
+    return pb.WatchLoadResponse(
         model=model,
         is_ready=is_ready,
         num_waiting=load.num_waiting,

@@ -1,7 +1,7 @@
 """What requests cost, and what the core has done in all. Nothing is decided by it.
 
-A step's GPU-seconds are its seconds on the device times the group's GPUs. They are shared by the
-requests in it, to the last of them:
+A step's GPU-seconds, its seconds on the device times the group's GPUs, are shared by the
+requests in it:
 
     a decoding request     decode_s / num_decoding      its part of a step that only decodes
     a span of a prompt     length · prompt_token_s      both by what steps have cost (`costs.py`)

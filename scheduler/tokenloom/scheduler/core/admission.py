@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from tokenloom.scheduler.core import timeliness
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array
 from tokenloom.scheduler.core.costs import StepCosts
+from tokenloom.scheduler.core.request import Request, waiting_bytes
 from tokenloom.scheduler.core.state import ModelSpec, Slots, State
+from tokenloom.scheduler.core.timeliness import Lateness
 from tokenloom.scheduler.messages import (
     Abort,
     FinishReason,
@@ -45,10 +50,19 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
     if (unfit := _unfit(state, state.spec, front, message, tokens)) is not None:
         refuse(*unfit, None)
         return
-    if (full := _queue_full(state, len(tokens))) is not None:
-        refuse(RefusalReason.QUEUE_FULL, full, _retry_after_s(state))
+    num_bytes = waiting_bytes(len(tokens), message.sampling)
+    if (full := _queue_full(state, len(tokens), num_bytes)) is not None:
+        refuse(RefusalReason.QUEUE_FULL, full, _drain_s(state, len(tokens)))
         return
-    state.new_request(front, message, tokens, now)
+    request = state.new_request(front, message, tokens, now)
+    if (late := timeliness.lateness_in_queue(state, request, now)) is not None:
+        refuse_late(state, request, late)
+
+
+def refuse_late(state: State, request: Request, late: Lateness) -> None:
+    """Refuses a request that waits and would be done after its deadline."""
+    retry_after_s = min(max(late.retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
+    state.refuse(request, RefusalReason.DEADLINE_UNREACHABLE, str(late), retry_after_s)
 
 
 def abort(state: State, front: int, message: Abort) -> None:
@@ -86,6 +100,7 @@ def begin_epoch(state: State, spec: ModelSpec) -> None:
     state.pool = BlockPool(spec.num_blocks, spec.block_size, cache=limits.prefix_cache)
     state.released = []
     state.costs = StepCosts()
+    state.forecast.begin_epoch()
     for request in list(state.waiting):
         if request.max_total > spec.max_request_tokens:
             state.finish(request, FinishReason.NO_ROOM)
@@ -115,6 +130,8 @@ def _unreadable(spec: ModelSpec, message: Submit) -> str | None:
     sampling = message.sampling
     if not 0 <= sampling.seed < 2**64:
         return f"seed is {sampling.seed}; it must have 64 bits"
+    if message.timeout_s is not None and not -math.inf < message.timeout_s < math.inf:
+        return f"timeout_s is {message.timeout_s}; it must be finite"
     ids = (*sampling.stop_token_ids, *(token_id for token_id, _ in sampling.logit_bias))
     if ids and not 0 <= min(ids) <= max(ids) < spec.vocab_size:
         return (
@@ -155,22 +172,32 @@ def _unfit(
     return None
 
 
-def _queue_full(state: State, num_tokens: int) -> str | None:
-    """Returns why the queue takes no prompt of `num_tokens` now."""
-    limits = state.limits
-    if len(state.waiting) >= limits.max_waiting_requests:
-        return f"{len(state.waiting)} requests wait; at most {limits.max_waiting_requests} may"
-    if state.waiting.num_tokens + num_tokens > limits.max_waiting_tokens:
+def _queue_full(state: State, num_tokens: int, num_bytes: int) -> str | None:
+    """Returns why the queue takes no request of that size now."""
+    limits, waiting = state.limits, state.waiting
+    if len(waiting) >= limits.max_waiting_requests:
+        return f"{len(waiting)} requests wait; at most {limits.max_waiting_requests} may"
+    if waiting.num_tokens + num_tokens > limits.max_waiting_tokens:
         return (
-            f"{state.waiting.num_tokens} prompt tokens wait and this prompt has {num_tokens}; "
+            f"{waiting.num_tokens} prompt tokens wait and this prompt has {num_tokens}; "
             f"at most {limits.max_waiting_tokens} may wait"
+        )
+    if waiting.num_bytes + num_bytes > limits.max_waiting_bytes:
+        return (
+            f"{waiting.num_bytes} bytes of requests wait and this one has {num_bytes}; "
+            f"at most {limits.max_waiting_bytes} may wait"
         )
     return None
 
 
-def _retry_after_s(state: State) -> float:
-    """Returns when the queue will have moved by about a tenth."""
-    if state.admission_interval_s is None:
-        return MIN_RETRY_S
-    wait_s = state.admission_interval_s * max(1.0, len(state.waiting) / 10)
+def _drain_s(state: State, num_tokens: int) -> float:
+    """Returns when the queue will have made room for a prompt of so many tokens.
+
+    That is at least when a tenth of it has left: all that are refused now come back at about the
+    same time, and one place would not do for them.
+    """
+    waiting = state.waiting
+    tokens_each = waiting.num_tokens / max(1, len(waiting))
+    num_leaving = max(1.0, len(waiting) / 10, num_tokens / max(1.0, tokens_each))
+    wait_s = state.forecast.queue_s(num_leaving)
     return min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)

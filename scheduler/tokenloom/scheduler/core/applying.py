@@ -29,13 +29,13 @@ def apply(state: State, result: StepDone, now: float) -> None:
     state.in_flight.popleft()
     pool.now_s = now
     state.totals.end_step(num_requests=len(record.slots), now=now)
-    state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=result.compute_s)
+    _note_step(state, record, result.compute_s, now)
 
     # A request that ended or was preempted since has left its slot: its rows are dropped.
     alive = slots.tenure[record.slots] == record.tenures
     computed = record.slots[alive]
     slots.num_computed[computed] = record.ends[alive]
-    _charge(state, slots, record, alive, result.compute_s)
+    slots.gpu_s[computed] += _shares(state, record, alive, result.compute_s)
 
     rows = np.flatnonzero(alive[record.sampled])
     faulty = np.frombuffer(result.faulty_rows, np.int32)
@@ -92,26 +92,33 @@ def _check(result: StepDone, record: StepRecord, slots: Slots) -> Int32Array:
     return tokens
 
 
-def _charge(
-    state: State,
-    slots: Slots,
-    record: StepRecord,
-    alive: npt.NDArray[np.bool_],
-    compute_s: float,
-) -> None:
-    """Shares what a step took of the GPUs among the requests that were in it."""
+def _shares(
+    state: State, record: StepRecord, alive: npt.NDArray[np.bool_], compute_s: float
+) -> accounting.Float64Array | float:
+    """Returns what each of those that are left owes for a step, in seconds of one GPU."""
     gpu_s = accounting.gpu_seconds(compute_s, 1 if state.spec is None else state.spec.num_ranks)
     state.totals.gpu_s += gpu_s
     if not record.num_prompt_tokens:
-        slots.gpu_s[record.slots[alive]] += gpu_s / len(record.slots)
-        return
+        return gpu_s / len(record.slots)
     shares = accounting.shares(
         gpu_s,
         lengths=record.lengths,
         num_decoding=record.num_decoding,
         decode_weight=state.costs.decode_weight(record.num_decoding),
     )
-    slots.gpu_s[record.slots[alive]] += shares[alive]
+    return shares[alive]
+
+
+def _note_step(state: State, record: StepRecord, compute_s: float, now: float) -> None:
+    """Learns from a step: what it cost the device, and how long it kept others waiting."""
+    state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=compute_s)
+    began_s = max(record.planned_s, state.last_result_s)
+    state.last_result_s = now
+    state.forecast.note_step(
+        num_decoding=record.num_decoding,
+        prompts_s=record.num_prompt_tokens * (state.costs.prompt_token_s or 0.0),
+        step_s=now - began_s,
+    )
 
 
 def _finish(

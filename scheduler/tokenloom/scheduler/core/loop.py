@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from tokenloom.scheduler.config import SchedulerConfig
-from tokenloom.scheduler.core import admission, applying, crashes, planning
+from tokenloom.scheduler.core import admission, applying, crashes, planning, timeliness
 from tokenloom.scheduler.core.gate import Gate
 from tokenloom.scheduler.core.group import Group, GroupError
 from tokenloom.scheduler.core.load import LoadPace, load_of
@@ -46,7 +46,8 @@ from tokenloom.scheduler.messages import (
     decode_from_front,
     encode,
 )
-from tokenloom.scheduler.samples import SampleFile
+from tokenloom.scheduler.sample_files import SampleFile
+from tokenloom.scheduler.samples import Sample
 from tokenloom.wire import codec
 from tokenloom.wire import messages as wire
 from tokenloom.wire.messages import (
@@ -67,6 +68,9 @@ log = logging.getLogger(__name__)
 
 MAX_STEPS_IN_FLIGHT = 2
 """The worker always has the next step when it finishes one."""
+
+MAX_SLEEP_S = 3600.0
+"""What is later than this does not fit into every clock."""
 
 DEPARTURE_S = 0.05
 """After a peer of the worker socket left, until the core looks whether it was a rank."""
@@ -104,6 +108,8 @@ class CoreLoop:
                 max_mixed_prompt_tokens=config.max_mixed_prompt_tokens,
                 max_waiting_requests=config.max_waiting_requests,
                 max_waiting_tokens=config.max_waiting_tokens,
+                max_waiting_bytes=config.max_waiting_bytes,
+                deadline_admission=config.deadline_admission,
                 prefix_cache=config.prefix_cache,
             )
         )
@@ -142,7 +148,7 @@ class CoreLoop:
         spin = Spin(self._config.spin_us)
         ask_s = math.inf
         while True:
-            due_s = min(ask_s, self._watch.due_s, self._pace.due_s)
+            due_s = min(ask_s, self._watch.due_s, self._pace.due_s, self._state.deadlines.next_s)
             ready = _poll(poller, spin, due_s - self._clock())
             if stop_fd in ready:
                 break
@@ -165,11 +171,13 @@ class CoreLoop:
             self._advance()
             if self._clock() >= self._pace.due_s:
                 self._tell_load()
-        self._write_samples(self._clock())
+        if self._samples is not None:
+            self._samples.close(self._measured(), self._clock())
         self._shut_down_group()
 
     def _advance(self) -> None:
         """Sends what steps there are to send, then what the fronts have to know."""
+        timeliness.expire(self._state, self._clock())
         while self._state.spec and len(self._state.in_flight) < MAX_STEPS_IN_FLIGHT:
             now = self._clock()
             plan = planning.plan(self._state, now)
@@ -196,12 +204,12 @@ class CoreLoop:
         now = self._clock()
         self._pace.tell(now)
         if self._samples is not None and self._samples.is_due(now):
-            self._write_samples(now)
+            self._samples.write(self._measured(), now)
 
-    def _write_samples(self, now: float) -> None:
-        if self._samples is not None:
-            ranks = [rank.ready for rank in self._group.ranks if rank.ready is not None]
-            self._samples.write(samples_of(self._state, ranks), now)
+    def _measured(self) -> Iterator[Sample]:
+        """Returns the core's part of the metrics."""
+        ranks = [rank.ready for rank in self._group.ranks if rank.ready is not None]
+        return samples_of(self._state, ranks)
 
     # Workers
 
@@ -511,7 +519,8 @@ def _poll(poller: zmq.Poller, spin: Spin, left_s: float) -> dict[Any, int]:
     while spin.goes_on():
         if ready := dict(poller.poll(0)):
             return ready
-    return dict(poller.poll(None if left_s == math.inf else max(0, math.ceil(1000 * left_s))))
+    left_s = min(left_s, MAX_SLEEP_S)
+    return dict(poller.poll(max(0, math.ceil(1000 * left_s))))
 
 
 def _tell_supervisor(word: str, pids: list[int]) -> None:

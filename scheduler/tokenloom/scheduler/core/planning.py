@@ -23,10 +23,13 @@ bring that to 19, 8,192 to 220. `python -m tests.simulation.timed` shows what fo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from tokenloom.scheduler.core import admission, timeliness
 from tokenloom.scheduler.core.blocks import BlockPool
 from tokenloom.scheduler.core.request import Request
 from tokenloom.scheduler.core.state import Int64Array, Slots, State, StepRecord
@@ -40,9 +43,6 @@ LONG_QUEUE = 8
 """When more requests than this wait, a burst begins: prompts are computed in large steps.
 
 Poisson arrivals at 90 % of saturation leave fewer in the queue; 32 prompts at once, more."""
-
-INTERVAL_WEIGHT = 0.1
-"""Of the newest sample in the moving average of the admission interval."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,12 +103,13 @@ def plan(state: State, now: float) -> StepPlan | None:
     if slots is None or pool is None or spec is None:
         return None
     pool.now_s = now
+    timeliness.expire(state, now)
     changes = _Changes()
-    preempted = _grow(state, slots, pool, changes)
+    begin_s = _begin_s(state, now)
+    preempted = _grow(state, slots, pool, changes, begin_s)
 
-    # A request that reached max_total is only waiting for results in flight.
     todo = slots.num_planned - slots.num_scheduled
-    open_slots = (slots.serial != 0) & (slots.num_planned < slots.max_total)
+    open_slots = _open_slots(state, slots, begin_s)
     decoding = np.flatnonzero(open_slots & (todo == 1))
     state.in_burst |= len(state.waiting) > LONG_QUEUE
     budget = whole = prompt_budget(state, spec.max_step_tokens, num_decoding=len(decoding))
@@ -126,7 +127,7 @@ def plan(state: State, now: float) -> StepPlan | None:
             budget -= length
         # Right after a preemption the pool is too full for anybody new.
         while budget and state.waiting and slots.free and not preempted:
-            admitted = _admit(state, slots, pool, changes, now)
+            admitted = _admit(state, slots, pool, changes, now, begin_s)
             if admitted is None:
                 break
             length = min(int(slots.num_planned[admitted] - slots.num_scheduled[admitted]), budget)
@@ -150,7 +151,21 @@ def plan(state: State, now: float) -> StepPlan | None:
         span_lengths,
         num_decoding=len(decoding),
         num_prompt_tokens=whole - budget,
+        now=now,
     )
+
+
+def _begin_s(state: State, now: float) -> float:
+    """Returns about when a step begins that is sent now.
+
+    To take it for somewhat later costs nothing: what a step draws comes at its end.
+    """
+    if not state.in_flight or state.deadlines.next_s == math.inf:
+        return now
+    record = state.in_flight[-1]
+    step_s = state.forecast.decode.at(record.num_decoding) or 0.0
+    step_s += record.num_prompt_tokens * (state.costs.prompt_token_s or 0.0)
+    return max(now, max(record.planned_s, state.last_result_s) + step_s)
 
 
 def prompt_budget(state: State, max_step_tokens: int, *, num_decoding: int) -> int:
@@ -163,15 +178,25 @@ def prompt_budget(state: State, max_step_tokens: int, *, num_decoding: int) -> i
     return state.costs.prompt_budget(room)
 
 
-def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> bool:
+def _open_slots(state: State, slots: Slots, begin_s: float) -> npt.NDArray[np.bool_]:
+    """Returns whose requests a step that begins then may compute for.
+
+    A request that reached max_total is only waiting for results in flight, and so is one whose
+    deadline passes before that.
+    """
+    is_open: npt.NDArray[np.bool_] = (slots.serial != 0) & (slots.num_planned < slots.max_total)
+    if state.deadlines.next_s <= begin_s:
+        is_open &= slots.deadline_s > begin_s
+    return is_open
+
+
+def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes, begin_s: float) -> bool:
     """Gives each decoding request the block of its next position; tells if it had to preempt."""
     preempted = False
     while True:
         position = slots.num_scheduled
         lacking = np.flatnonzero(
-            (slots.serial != 0)
-            & (slots.num_planned < slots.max_total)
-            & (position >= slots.num_blocks * pool.block_size)
+            _open_slots(state, slots, begin_s) & (position >= slots.num_blocks * pool.block_size)
         )
         if len(lacking) <= pool.num_free:
             break
@@ -189,27 +214,27 @@ def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes) -> boo
 
 
 def _admit(
-    state: State, slots: Slots, pool: BlockPool, changes: _Changes, now: float
+    state: State, slots: Slots, pool: BlockPool, changes: _Changes, now: float, begin_s: float
 ) -> int | None:
     """Moves the next of the queue into a slot with blocks for all its tokens, if they are free."""
-    request = state.next_waiting()
-    if request is None:
+    request = _next_in_time(state, slots, pool, now)
+    if request is None or request.deadline_s <= begin_s:  # it ends where it waits
         return None
     num_tokens, block_size = len(request.tokens), pool.block_size
-    # The last token is always computed: its logits are what the step is for.
-    num_usable = (num_tokens - 1) // block_size if pool.caches else 0
-    request.extend_digests(request.tokens, num_usable, block_size)
-    usable = request.digests[1 : 1 + num_usable]
-    cached = usable[: pool.num_matching(usable)]
+    cached = request.cached_digests(pool)
     num_new = -(-num_tokens // block_size) - len(cached)
     reserve = min(state.num_running, pool.num_blocks // RESERVE_DIVISOR)
     if num_new + pool.num_evictable(cached) + reserve > pool.num_free:
         return None
 
+    if request.planned_s is None:
+        num_cached = len(cached) * block_size
+        request.estimate = timeliness.estimate(state, slots, request, num_cached)
     state.waiting.leave(request)
     slot = slots.free.pop()
     num_computed = len(cached) * block_size
-    _fill_slot(slots, slot, request, num_computed)
+    usual = state.forecast.usual_tokens(request.max_total - request.num_prompt)
+    _fill_slot(slots, slot, request, num_computed, goal=request.num_prompt + usual)
     slots.tenure[slot] = state.next_tenure
     state.next_tenure += 1
     # Shared blocks first: allocating may evict what nobody holds.
@@ -226,19 +251,31 @@ def _admit(
             sampling=request.sampling,
         )
     )
+    request.num_prefilled += num_tokens - num_computed
     if request.planned_s is None:
         request.planned_s = now
-        _note_interval(state, request, now)
         num_cached = min(num_computed, request.num_prompt)
         state.totals.num_prompt_tokens += request.num_prompt
         state.totals.num_cached_prompt_tokens += num_cached
+        state.forecast.note_departure(request.arrived_s, now)
         state.outputs_of(request.front).admitted.append(
             Admitted(stream=request.stream, num_cached_tokens=num_cached)
         )
     return slot
 
 
-def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int) -> None:
+def _next_in_time(state: State, slots: Slots, pool: BlockPool, now: float) -> Request | None:
+    """Returns the first of the queue that may be done by its deadline; refuses those before it."""
+    while (request := state.next_waiting()) is not None:
+        late = timeliness.lateness_in_slot(state, slots, pool, request, now)
+        if late is None:
+            return request
+        admission.refuse_late(state, request, late)
+        state.forecast.note_departure(request.arrived_s, now)
+    return None
+
+
+def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int, *, goal: int) -> None:
     num_tokens = len(request.tokens)
     request.slot = slot
     request.num_found = num_computed
@@ -255,20 +292,11 @@ def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int) -> 
     slots.first_token_s[slot] = np.nan if request.first_token_s is None else request.first_token_s
     slots.last_token_s[slot] = np.nan if request.last_token_s is None else request.last_token_s
     slots.gpu_s[slot] = request.gpu_s
+    slots.deadline_s[slot] = request.deadline_s
+    slots.goal[slot] = goal
     slots.front[slot] = request.front
     slots.stream[slot] = request.stream
     slots.set_stop_ids(slot, request.sampling.stop_token_ids)
-
-
-def _note_interval(state: State, request: Request, now: float) -> None:
-    """Takes how long `request` was the first of the queue; idle time is none of it."""
-    if state.last_admission_s is not None:
-        interval_s = now - max(state.last_admission_s, request.arrived_s)
-        old = state.admission_interval_s
-        state.admission_interval_s = (
-            interval_s if old is None else old + INTERVAL_WEIGHT * (interval_s - old)
-        )
-    state.last_admission_s = now
 
 
 def _enter(
@@ -280,6 +308,7 @@ def _enter(
     *,
     num_decoding: int,
     num_prompt_tokens: int,
+    now: float,
 ) -> StepPlan:
     """Records the step as in flight and moves the slots on."""
     starts = slots.num_scheduled[span_slots]
@@ -299,6 +328,7 @@ def _enter(
             sampled=np.flatnonzero(samples),
             num_decoding=num_decoding,
             num_prompt_tokens=num_prompt_tokens,
+            planned_s=now,
         )
     )
     released, state.released = state.released, []

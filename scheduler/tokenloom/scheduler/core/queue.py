@@ -25,7 +25,8 @@ class Queue:
         self._lines: dict[str, list[_Place]] = {}
         """By tenant, each sorted and none empty."""
         self.num_tokens = 0
-        """Of all that wait."""
+        self.num_bytes = 0
+        """Both of all that wait."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -38,12 +39,14 @@ class Queue:
         """Takes a request into its tenant's line."""
         self._requests[request.serial] = request
         self.num_tokens += len(request.tokens)
+        self.num_bytes += request.num_bytes
         insort(self._lines.setdefault(request.tenant, []), _place(request))
 
     def leave(self, request: Request) -> None:
         """Takes a request out of its line, wherever in it it stands."""
         del self._requests[request.serial]
         self.num_tokens -= len(request.tokens)
+        self.num_bytes -= request.num_bytes
         line = self._lines[request.tenant]
         del line[bisect_left(line, _place(request))]
         if not line:
@@ -64,6 +67,8 @@ class Queue:
             wrong.append("a line is empty or not in order")
         if self.num_tokens != sum(len(request.tokens) for request in self):
             wrong.append(f"num_tokens is {self.num_tokens}, not the sum of those that wait")
+        if self.num_bytes != sum(request.num_bytes for request in self):
+            wrong.append(f"num_bytes is {self.num_bytes}, not the sum of those that wait")
         return wrong
 
 

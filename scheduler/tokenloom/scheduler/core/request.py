@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from tokenloom.scheduler.core.blocks import Int32Array, block_digest
+from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, block_digest
+from tokenloom.scheduler.core.forecast import Estimate
 from tokenloom.wire.messages import SamplingParams
+
+REQUEST_BYTES = 2048
+BIAS_BYTES = 128
+STOP_ID_BYTES = 40
+"""What a waiting request takes beside its tokens: its objects; a biased token; a stop token.
+
+What CPython 3.11 allocates for them, rounded up."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -29,6 +38,11 @@ class Request:
     arrived_s: float
     request_id: str = ""
     """What operators name it by."""
+    deadline_s: float = math.inf
+    estimate: Estimate | None = None
+    """What was foretold when it got its slot, as long as it keeps that."""
+    num_prefilled: int = 0
+    """Positions computed before the next token could be drawn, each time that it got a slot."""
     planned_s: float | None = None
     """When it first got a slot."""
     first_token_s: float | None = None
@@ -59,8 +73,31 @@ class Request:
         self.num_computed = max(self.num_computed, num_computed)
         return num_again
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of the core's memory while it waits, about."""
+        return waiting_bytes(len(self.tokens), self.sampling)
+
+    def cached_digests(self, pool: BlockPool) -> list[bytes]:
+        """Returns the digests of the blocks that a request which waits finds in the pool."""
+        # The last token is always computed: its logits are what the step is for.
+        num_usable = (len(self.tokens) - 1) // pool.block_size if pool.caches else 0
+        self.extend_digests(self.tokens, num_usable, pool.block_size)
+        usable = self.digests[1 : 1 + num_usable]
+        return usable[: pool.num_matching(usable)]
+
     def extend_digests(self, tokens: Int32Array, num_blocks: int, block_size: int) -> None:
         """Computes the digests of the first `num_blocks` blocks of `tokens`."""
         for index in range(len(self.digests) - 1, num_blocks):
             block = tokens[index * block_size : (index + 1) * block_size]
             self.digests.append(block_digest(self.digests[-1], block))
+
+
+def waiting_bytes(num_tokens: int, sampling: SamplingParams) -> int:
+    """Returns what a request of so many tokens takes of the core's memory while it waits, about."""
+    return (
+        REQUEST_BYTES
+        + 4 * num_tokens
+        + BIAS_BYTES * len(sampling.logit_bias)
+        + STOP_ID_BYTES * len(sampling.stop_token_ids)
+    )

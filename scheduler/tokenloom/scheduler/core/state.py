@@ -15,6 +15,7 @@ steady decode. A span that reaches num_planned samples the next token.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ import numpy.typing as npt
 from tokenloom.scheduler.core.accounting import Totals
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, root_digest
 from tokenloom.scheduler.core.costs import StepCosts
+from tokenloom.scheduler.core.deadlines import Deadlines
+from tokenloom.scheduler.core.forecast import Forecast
 from tokenloom.scheduler.core.queue import Queue
 from tokenloom.scheduler.core.request import Request
 from tokenloom.scheduler.messages import (
@@ -31,6 +34,7 @@ from tokenloom.scheduler.messages import (
     Finished,
     FinishReason,
     Outputs,
+    RefusalReason,
     Refused,
     Submit,
 )
@@ -40,6 +44,14 @@ Int64Array = npt.NDArray[np.int64]
 
 NO_TOKEN = -1
 """Pads rows of stop tokens; no token has this id."""
+
+TELLING_ENDS = {
+    FinishReason.LENGTH,
+    FinishReason.STOP_TOKEN,
+    FinishReason.STOP_STRING,
+    FinishReason.DEADLINE,
+}
+"""Of completions whose length tells something about that of others, if they have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +63,10 @@ class Limits:
     """Of a step with decoding requests, unless many wait; None: by what steps cost."""
     max_waiting_requests: int
     max_waiting_tokens: int
+    max_waiting_bytes: int = 256 * 1024 * 1024
     prefix_cache: bool = True
+    deadline_admission: bool = True
+    """Whether requests are refused that would not be done by their deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +126,7 @@ class StepRecord:
     """Leading spans that are those of requests in steady decode."""
     num_prompt_tokens: int
     """Of the others."""
+    planned_s: float
 
 
 @dataclass(slots=True)
@@ -167,6 +183,9 @@ class Slots:
         self.first_token_s = np.full(num_slots, np.nan)
         self.last_token_s = np.full(num_slots, np.nan)
         self.gpu_s = np.zeros(num_slots)
+        self.deadline_s = np.full(num_slots, np.inf)
+        self.goal = np.zeros(num_slots, np.int64)
+        """Tokens, of prompt and completion, by which the request is taken to be done."""
         self.front = np.zeros(num_slots, np.int32)
         self.stream = np.zeros(num_slots, np.int64)
         self.stop_ids = np.full((num_slots, 1), NO_TOKEN, np.int32)
@@ -213,9 +232,9 @@ class State:
         self.totals = Totals()
         self.is_draining = False
         """Whether an operator wants no new requests any more."""
-        self.admission_interval_s: float | None = None
-        """Moving average of the time between admissions, for push-back."""
-        self.last_admission_s: float | None = None
+        self.forecast = Forecast()
+        self.deadlines = Deadlines()
+        self.last_result_s = -math.inf
         self.outputs: dict[int, FrontOutputs] = {}
 
     @property
@@ -252,10 +271,14 @@ class State:
             digests=[root_digest(message.salt)],
             arrived_s=now,
             request_id=message.request_id,
+            deadline_s=math.inf if message.timeout_s is None else now + message.timeout_s,
         )
         self.next_serial += 1
         self.requests[front, message.stream] = request
         self.waiting.enter(request)
+        if request.deadline_s < math.inf:
+            self.deadlines.compact(self.requests)
+            self.deadlines.add(request.deadline_s, (front, message.stream))
         return request
 
     def vacate(self, request: Request, *, keep_blocks: bool = True) -> None:
@@ -294,6 +317,7 @@ class State:
     def requeue(self, request: Request) -> None:
         """Moves a running request back to its place in the queue."""
         self.vacate(request)
+        request.estimate = None  # it was for a request that is left to run
         self.waiting.enter(request)
 
     def next_waiting(self) -> Request | None:
@@ -303,6 +327,19 @@ class State:
         if self.num_running or self.in_flight:
             return None
         return next(iter(self.suspects.values()))
+
+    def refuse(
+        self, request: Request, reason: RefusalReason, detail: str, retry_after_s: float | None
+    ) -> None:
+        """Takes a request that has never run out of the queue, and tells its front why."""
+        self.waiting.leave(request)
+        del self.requests[request.front, request.stream]
+        self.totals.num_refused += 1
+        self.outputs_of(request.front).refused.append(
+            Refused(
+                stream=request.stream, reason=reason, detail=detail, retry_after_s=retry_after_s
+            )
+        )
 
     def finish(
         self,
@@ -321,13 +358,14 @@ class State:
         del self.requests[request.front, request.stream]
         self.suspects.pop(request.serial, None)
         num_tokens = len(request.tokens) - request.num_prompt
+        if num_completion_tokens is None:
+            num_completion_tokens = num_tokens
+        self._learn(request, reason, num_completion_tokens)
         finished = Finished(
             stream=request.stream,
             reason=reason,
             stop_token_id=stop_token_id,
-            num_completion_tokens=(
-                num_tokens if num_completion_tokens is None else num_completion_tokens
-            ),
+            num_completion_tokens=num_completion_tokens,
             queue_s=_span(request.arrived_s, request.planned_s),
             prefill_s=_span(request.planned_s, request.first_token_s),
             decode_s=_span(request.first_token_s, request.last_token_s),
@@ -342,6 +380,19 @@ class State:
             num_generated_tokens=num_tokens - request.num_given,
         )
         self.outputs_of(request.front).finished.append(finished)
+
+    def _learn(self, request: Request, reason: FinishReason, num_tokens: int) -> None:
+        """Tells the forecast what a request was like that has ended with `num_tokens`."""
+        forecast = self.forecast
+        if reason in TELLING_ENDS and num_tokens:
+            max_tokens = request.max_total - request.num_prompt
+            forecast.note_length(max_tokens=max_tokens, num_tokens=num_tokens)
+        num_drawn = len(request.tokens) - request.num_prompt - request.num_given
+        if request.num_prefilled:
+            forecast.note_work(num_prompt_tokens=request.num_prefilled, num_drawn_tokens=num_drawn)
+        elapsed_s = _span(request.planned_s, request.last_token_s)
+        if request.estimate is not None and elapsed_s is not None and num_drawn:
+            forecast.note_error(request.estimate, num_tokens=num_drawn, elapsed_s=elapsed_s)
 
     def check(self) -> list[str]:
         """Returns what is wrong with the state; empty is right."""

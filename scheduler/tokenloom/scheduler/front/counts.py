@@ -11,7 +11,8 @@ from pathlib import Path
 from tokenloom.scheduler import metrics
 from tokenloom.scheduler.front.record import Event, Record
 from tokenloom.scheduler.metrics import Histogram
-from tokenloom.scheduler.samples import INTERVAL_S, Sample, SampleFile, distribution, number
+from tokenloom.scheduler.sample_files import INTERVAL_S, SampleFile
+from tokenloom.scheduler.samples import Sample, distribution, number
 
 OTHER = "OTHER"
 """Stands for a reason that metrics do not know by name."""
@@ -76,10 +77,13 @@ class CountsFile:
         """Writes now and then, until it is cancelled, and goes on where a dead front ended."""
         self._file.take_over()
         while True:
-            self.write()
+            self._file.write(self._measured(), time.monotonic())
             await asyncio.sleep(INTERVAL_S)
 
-    def write(self) -> None:
-        """Writes what is true now."""
-        ready = number(metrics.READY, self._is_ready())
-        self._file.write((ready, *self._counts.samples()), time.monotonic())
+    def close(self) -> None:
+        """Writes for the last time."""
+        self._file.close(self._measured(), time.monotonic())
+
+    def _measured(self) -> Iterator[Sample]:
+        yield number(metrics.READY, self._is_ready())
+        yield from self._counts.samples()

@@ -8,6 +8,7 @@
     ├── Overloaded           RESOURCE_EXHAUSTED   QUEUE_FULL, DEADLINE_UNREACHABLE, TENANT_LIMIT
     ├── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
     ├── Unavailable          UNAVAILABLE          NOT_READY, MODEL_LOST, DRAINING, CORE_LOST
+    ├── DeadlinePassed       DEADLINE_EXCEEDED    DEADLINE_PASSED
     ├── EndedByOperator      CANCELLED            ENDED_BY_OPERATOR
     └── ServerFault          INTERNAL             MODEL_FAULT, TOKENS_LOST, INTERNAL
 
@@ -184,6 +185,15 @@ class Unavailable(RequestError):
 
     def __init__(self, absence: Absence) -> None:
         super().__init__(absence.reason, absence.message)
+
+
+class DeadlinePassed(RequestError):
+    """The caller's deadline has passed. gRPC has mostly told it before this does."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+    def __init__(self) -> None:
+        super().__init__("DEADLINE_PASSED", "the deadline of the call has passed")
 
 
 class EndedByOperator(RequestError):

@@ -66,8 +66,13 @@ class LoadReports:
         return self._encoded
 
     def trailers(self) -> Trailers:
-        """Returns what goes with the status of a call."""
-        return ((REPORT_TRAILER, self.encoded()),) if self.encoded() else ()
+        """Returns what goes with the status of a call.
+
+        Nothing before there was load: balancers complain of reports that they cannot divide.
+        """
+        if self._rps <= 0.0 or self._utilization <= 0.0:
+            return ()
+        return ((REPORT_TRAILER, self.encoded()),)
 
     def _report(self) -> load_pb2.OrcaLoadReport:
         load = self._last

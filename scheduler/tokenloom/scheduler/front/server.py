@@ -139,7 +139,7 @@ class FrontServer:
         self._link.close()
         self._text.close()
         if self._counts_file is not None:
-            self._counts_file.write()
+            self._counts_file.close()
         self._journal.close()
 
     def _on_draining(self, draining: Draining) -> None:

@@ -68,6 +68,9 @@ MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
 """A little more than the largest prompt that validation lets through."""
 _Request = TypeVar("_Request", bound=Message)
 
+MAX_TIMEOUT_S = 30 * 24 * 3600.0
+"""Nobody waits for longer: such a deadline is as good as none."""
+
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
@@ -277,6 +280,7 @@ class InferenceServicer:
             num_completion_tokens=0 if beginning is None else len(beginning.token_ids),
             request_id=call.request_id,
             tenant=tenant.name,
+            timeout_s=_timeout_s(context),
         )
         try:
             if not stream.is_over:
@@ -354,6 +358,12 @@ class InferenceServicer:
         except PromptTooLong as error:
             violation = Violation(field=prompt.field, description=str(error))
             raise InvalidRequest([violation], "PROMPT_TOO_LONG") from error
+
+
+def _timeout_s(context: Context) -> float | None:
+    """Returns what is left of the call's deadline, if it has one that matters."""
+    left_s: float | None = context.time_remaining()  # the stubs lack the None
+    return None if left_s is None or left_s > MAX_TIMEOUT_S else left_s
 
 
 def _server_version() -> str:

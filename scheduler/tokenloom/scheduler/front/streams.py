@@ -25,6 +25,7 @@ from tokenloom.scheduler.front.detokenize import Detokenizer
 from tokenloom.scheduler.front.errors import (
     Absence,
     ClientTooSlow,
+    DeadlinePassed,
     EndedByOperator,
     RequestError,
     Unavailable,
@@ -240,6 +241,8 @@ class Stream:
     def _conclude(self, finished: Finished) -> None:
         if finished.reason is FinishReason.NO_ROOM:
             self.fail(Unavailable(NO_ROOM))
+        elif finished.reason is FinishReason.DEADLINE:
+            self.fail(DeadlinePassed())
         elif self.num_cached_tokens is None:
             self.fail(EndedByOperator())
         elif finished.reason is FinishReason.FAULT:
