@@ -14,6 +14,7 @@ from tests.core.processes import sampling
 from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
 from tokenloom.scheduler.messages import Abort, Stop, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.wire.messages import Configure, StepDone
 from tokenloom.worker.fake import FakeConfig, FakeModel, expected_tokens
 
@@ -92,9 +93,18 @@ class CoreMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2),
         salt=st.sampled_from(["", "b"]),
         num_begun=st.just(0) | st.integers(0, 11),
+        tenant=st.sampled_from(["a", "a", "b", "c"]),
+        priority=st.sampled_from([0, 0, 1]),
     )
     def submit(
-        self, prompt: list[int], max_tokens: int, seed: int, salt: str, num_begun: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        seed: int,
+        salt: str,
+        num_begun: int,
+        tenant: str,
+        priority: int,
     ) -> None:
         """Some requests bring the beginning of their completion from another core."""
         answer = undisturbed(self.config, prompt, max_tokens, seed)
@@ -114,6 +124,8 @@ class CoreMachine(RuleBasedStateMachine):
                 sampling=sampling(seed, stop_token_ids=(EOS,)),
                 salt=salt,
                 num_completion_tokens=len(begun),
+                tenant=tenant,
+                priority=priority,
             ),
             self.now,
         )
@@ -162,6 +174,10 @@ class CoreMachine(RuleBasedStateMachine):
         done = msgspec.structs.replace(self.done.popleft(), compute_s=compute_s)
         applying.apply(self.state, done, self.now)
         self.read()
+
+    @rule(weight=st.sampled_from([0.5, 1.0, 8.0]))
+    def weigh_a_tenant(self, weight: float) -> None:
+        self.state.set_tenants({"a": Tenant(name="a", weight=weight)}, self.now)
 
     @rule()
     def kill_worker(self) -> None:

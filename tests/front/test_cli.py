@@ -88,6 +88,7 @@ def test_every_field_of_the_configuration_has_an_option(
         "tls_key": "server.key",
         "tls_client_ca": "clients.pem",
         "tenants": "tenants.toml",
+        "tenant_stretch": 2.5,
         "num_fronts": 2,
         "dtype": "float32",
         "quantize": "nf4",

@@ -7,12 +7,14 @@ GPU; `python -m tests.simulation.timed` prints a table.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
 from tests.core.processes import submit
@@ -21,6 +23,7 @@ from tokenloom.scheduler.core import admission, applying, planning
 from tokenloom.scheduler.core.loop import MAX_STEPS_IN_FLIGHT
 from tokenloom.scheduler.core.planning import StepPlan
 from tokenloom.scheduler.core.state import Limits, ModelSpec, State
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.wire.messages import StepDone
 
 LINK_S = 200e-6
@@ -98,6 +101,7 @@ class Arrival:
     at_s: float
     num_prompt: int
     num_output: int
+    tenant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,7 @@ class Figures:
     """What the clients of a run saw."""
 
     ttft_s: list[float]
+    """In order of arrival; not a number: it had no token when the run ended, or was refused."""
     gaps_s: list[np.ndarray]
     """[num_output - 1] of each stream"""
     num_tokens: int
@@ -131,10 +136,21 @@ class Figures:
 
 
 def run(
-    limits: Limits, costs: Costs, arrivals: Sequence[Arrival], *, spec: ModelSpec = SPEC
+    limits: Limits,
+    costs: Costs,
+    arrivals: Sequence[Arrival],
+    *,
+    spec: ModelSpec = SPEC,
+    tenants: Sequence[Tenant] = (),
+    until_s: float = math.inf,
+    watch: Callable[[State], None] = lambda _: None,
 ) -> Figures:
-    """Returns what becomes of requests, in order of arrival, that run to their full length."""
+    """Returns what becomes of requests, in order of arrival, that run to their full length.
+
+    The run ends with the last of them, or before. `watch` sees the state after each step's plan.
+    """
     state = State(limits)
+    state.set_tenants({tenant.name: tenant for tenant in tenants}, 0.0)
     admission.begin_epoch(state, spec)
     coming = deque(enumerate(arrivals))
     results: deque[tuple[float, StepDone]] = deque()
@@ -142,11 +158,12 @@ def run(
     num_steps = 0
     now = 0.0
     worker = Worker(costs)
-    while coming or results:
+    while (coming or results) and now < until_s:
         if coming and (not results or coming[0][1].at_s < results[0][0]):
             stream, arrival = coming.popleft()
             now = arrival.at_s
             message = submit(stream, [5] * arrival.num_prompt, arrival.num_output)
+            message = msgspec.structs.replace(message, tenant=arrival.tenant)
             admission.submit(state, 0, message, now)
         else:
             now, done = results.popleft()
@@ -158,13 +175,18 @@ def run(
             num_steps += 1
             done_s, compute_s = worker.step(plan, now)
             results.append((done_s + LINK_S, result(plan, compute_s)))
+            watch(state)
         for outputs in state.take_outputs().values():
             for streams in outputs.streams:
                 for stream in streams.tolist():
                     came_s[stream].append(now)
-    assert [len(each) for each in came_s] == [arrival.num_output for arrival in arrivals]
+    if until_s == math.inf:
+        assert [len(each) for each in came_s] == [arrival.num_output for arrival in arrivals]
     return Figures(
-        ttft_s=[each[0] - arrival.at_s for each, arrival in zip(came_s, arrivals, strict=True)],
+        ttft_s=[
+            (each[0] if each else math.nan) - arrival.at_s
+            for each, arrival in zip(came_s, arrivals, strict=True)
+        ],
         gaps_s=[np.diff(each) for each in came_s],
         num_tokens=sum(map(len, came_s)),
         num_steps=num_steps,

@@ -23,6 +23,7 @@ from tests.core.processes import sampling
 from tokenloom.scheduler.core import admission, applying, crashes, planning, timeliness
 from tokenloom.scheduler.core.state import FrontOutputs, Limits, ModelSpec, State
 from tokenloom.scheduler.messages import Abort, FinishReason, RefusalReason, Stop, Submit
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.wire.messages import Configure, SamplingParams, Step
 from tokenloom.worker.fake import FakeConfig, FakeCrash, FakeModel, expected_tokens
 
@@ -48,6 +49,8 @@ class Caller:
     max_tokens: int
     sampling: SamplingParams
     salt: str
+    tenant: str
+    priority: int
     leaves_after: int | None
     """Tokens after which it aborts; 0: while it waits or right after."""
     stops_after: int | None
@@ -97,7 +100,12 @@ class World:
             deadline_admission=draw.random() < 0.8,
         )
         self.max_request_tokens = max_request_tokens
+        self.tenants = [
+            Tenant(name=name, weight=draw.choice([0.1, 1.0, 1.0, 7.0]))
+            for name in "abc"[: draw.choice([1, 2, 3])]
+        ]
         self.state = State(self.limits)
+        self.state.set_tenants({tenant.name: tenant for tenant in self.tenants}, 0.0)
         self.worker = FakeModel(self.fake)
         self.epoch = 0
         self.now = 0.0
@@ -135,11 +143,7 @@ class World:
             self._fail("the core still holds requests")
         if state.pool is not None and state.pool.num_free != self.fake.num_blocks:
             self._fail(f"{state.pool.num_free} of {self.fake.num_blocks} blocks came back")
-        for front in range(NUM_FRONTS):
-            arrived = [key for key in self.arrival_order if key[0] == front]
-            admitted = [key for key in self.admission_order if key[0] == front]
-            if admitted != [key for key in arrived if self.callers[key].admitted]:
-                self._fail("requests were admitted out of their order of arrival")
+        self._judge_order()
 
     def _at(self, delay_s: float, event: Callable[[], None]) -> None:
         self.num_events += 1
@@ -224,6 +228,8 @@ class World:
             max_tokens=max_tokens,
             sampling=params,
             salt=draw.choice(["", "", "other"]),
+            tenant=draw.choice(self.tenants).name,
+            priority=draw.choice([0, 0, 0, -1, 5]),
             leaves_after=draw.choice([None] * 6 + [0, 3]),
             stops_after=draw.choice([None] * 8 + [4]),
             deadline_s=draw.choice([None, None, None, arrived_s + 3 * draw.random()]),
@@ -251,6 +257,8 @@ class World:
                 salt=caller.salt,
                 num_completion_tokens=len(caller.tokens),
                 timeout_s=None if caller.deadline_s is None else caller.deadline_s - self.now,
+                tenant=caller.tenant,
+                priority=caller.priority,
             ),
             self.now,
         )
@@ -271,7 +279,7 @@ class World:
                 default=None,
             )
             plan = planning.plan(self.state, self.now)
-            if oldest is not None and oldest.slot is None:
+            if oldest is not None and oldest.slot is None and self._no_one_before(oldest.serial):
                 self._fail("the oldest running request had to give way")
             if plan is None:
                 break
@@ -284,6 +292,10 @@ class World:
         self._deliver()
         if self.random.random() < 0.2:
             self._check()
+
+    def _no_one_before(self, serial: int) -> bool:
+        running = (r.serial for r in self.state.requests.values() if r.slot is not None)
+        return min(running, default=serial) >= serial
 
     def _send(self, step: Step) -> None:
         """The worker computes steps one after the other, each for a while."""
@@ -388,6 +400,19 @@ class World:
         request = self.state.slots.requests[slot] if self.state.slots is not None else None
         if request is None or self._is_late(self.callers[request.front, request.stream]):
             self._fail(f"a step computes for slot {slot}, whose deadline has passed")
+
+    def _judge_order(self) -> None:
+        """Requests that nothing distinguishes are admitted in their order of arrival."""
+        groups: dict[tuple[int, str, int], tuple[list[int], list[int]]] = {}
+        for place, order in enumerate((self.arrival_order, self.admission_order)):
+            for key in order:
+                caller = self.callers[key]
+                if caller.admitted:
+                    group = caller.front, caller.tenant, caller.priority
+                    groups.setdefault(group, ([], []))[place].append(caller.stream)
+        for group, (arrived, admitted) in groups.items():
+            if arrived != admitted:
+                self._fail(f"requests of {group} were admitted out of their order of arrival")
 
     def _read_token(self, caller: Caller, token: int) -> None:
         if not caller.admitted:

@@ -208,6 +208,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         ("frequency_penalty", float, "against tokens, for each occurrence (default: 0)"),
         ("repetition_penalty", float, "against tokens of prompt and completion (default: 1)"),
         ("seed", int, "the same seed draws the same tokens (default: the server chooses)"),
+        ("priority", int, "larger ones go first among the caller's own (default: 0)"),
         ("num_top_logprobs", int, "with --json: log probabilities, of so many (default: none)"),
     ):
         group.add_argument(

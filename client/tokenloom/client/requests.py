@@ -69,6 +69,8 @@ class Options(TypedDict, total=False):
     """Log probabilities of each token and of this many alternatives. Default: none."""
     skip_special_tokens: bool | None
     """Leaves special tokens out of the text. Default: true."""
+    priority: int | None
+    """Those with a larger one go first among the caller's own, in [-100, 100]. Default: 0."""
 
 
 _SAMPLING = (
@@ -84,6 +86,7 @@ _SAMPLING = (
 )
 _STOPPING = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
 _OUTPUT = ("num_top_logprobs", "skip_special_tokens")
+_QUEUE = ("priority",)
 
 _MAPS = ("logit_bias",)
 _LISTS = ("ids", "stop_strings", "stop_token_ids")
@@ -136,13 +139,15 @@ def _encode_turn(index: int, turn: Message | Mapping[str, str]) -> pb.ChatMessag
 def _with_options(request: pb.GenerateRequest, options: Options) -> pb.GenerateRequest:
     for name, value in options.items():
         if name in _SAMPLING:
-            part: pb.Sampling | pb.Stopping | pb.Output = request.sampling
+            part: pb.Sampling | pb.Stopping | pb.Output | pb.GenerateRequest = request.sampling
         elif name in _STOPPING:
             part = request.stopping
         elif name in _OUTPUT:
             part = request.output
+        elif name in _QUEUE:
+            part = request
         else:
-            known = ", ".join((*_SAMPLING, *_STOPPING, *_OUTPUT))
+            known = ", ".join((*_SAMPLING, *_STOPPING, *_OUTPUT, *_QUEUE))
             raise TypeError(f"unknown option {name!r}; there are {known}")
         if value is None:
             continue
@@ -154,7 +159,7 @@ def _with_options(request: pb.GenerateRequest, options: Options) -> pb.GenerateR
 
 
 def _set(
-    part: pb.Sampling | pb.Stopping | pb.Output | pb.TokenIds,
+    part: pb.Sampling | pb.Stopping | pb.Output | pb.TokenIds | pb.GenerateRequest,
     field: str,
     value: object,
     *,

@@ -45,6 +45,11 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("tls_key", str, "file of its key"),
     ("tls_client_ca", str, "file of CAs; with it every client must show a certificate of theirs"),
     ("tenants", str, "TOML file of those who may call; docs/operations.md has its form"),
+    (
+        "tenant_stretch",
+        float,
+        "how much longer others make steps for a tenant that asks for little, as a factor",
+    ),
     ("num_fronts", int, "processes that speak gRPC; connections to the port are spread over them"),
     ("served_name", str, "name told to clients (default: the last part of MODEL)"),
     ("dtype", str, "bfloat16, float16, float32, or auto for the checkpoint's own"),

@@ -70,6 +70,9 @@ class SchedulerConfig:
     tenants: str = ""
     """A file that says who may call (`tenants.py`), read again when it changes; empty: everybody
     who can connect."""
+    tenant_stretch: float = 1.2
+    """While a tenant that asks for little is there: how many times as long as without the others
+    they may make a step."""
     num_fronts: int = 1
     """Processes that speak gRPC, on one port. With more than one, `listen` names a port that
     the supervisor holds for them."""
@@ -146,6 +149,10 @@ class SchedulerConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(names)}"
                 )
+        if not 1 < self.tenant_stretch < math.inf:
+            raise ConfigError(
+                f"tenant_stretch is {self.tenant_stretch}; it must be a number above 1"
+            )
         if not 0 <= self.int8_threshold < math.inf:
             raise ConfigError(
                 f"int8_threshold is {self.int8_threshold}; it must be 0 or a positive number"

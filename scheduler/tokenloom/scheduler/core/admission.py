@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tokenloom.scheduler.core import timeliness
+from tokenloom.scheduler.core import quota, timeliness
 from tokenloom.scheduler.core.blocks import BlockPool, Int32Array
 from tokenloom.scheduler.core.costs import StepCosts
 from tokenloom.scheduler.core.request import Request, waiting_bytes
@@ -50,13 +50,21 @@ def submit(state: State, front: int, message: Submit, now: float) -> None:
     if (unfit := _unfit(state, state.spec, front, message, tokens)) is not None:
         refuse(*unfit, None)
         return
+    line = state.waiting.line(message.tenant, now)
+    if (limit := quota.over_limit(state, line, now)) is not None:
+        detail, wait_s = limit
+        refuse(RefusalReason.TENANT_LIMIT, detail, max(wait_s, _drain_s(state, len(tokens))))
+        return
     num_bytes = waiting_bytes(len(tokens), message.sampling)
-    if (full := _queue_full(state, len(tokens), num_bytes)) is not None:
+    full = _queue_full(state, len(tokens), num_bytes) or quota.part_full(state, line, len(tokens))
+    if full is not None:
         refuse(RefusalReason.QUEUE_FULL, full, _drain_s(state, len(tokens)))
         return
     request = state.new_request(front, message, tokens, now)
     if (late := timeliness.lateness_in_queue(state, request, now)) is not None:
         refuse_late(state, request, late)
+    elif line.bucket is not None:
+        line.bucket.take(len(tokens))
 
 
 def refuse_late(state: State, request: Request, late: Lateness) -> None:

@@ -111,7 +111,11 @@ def _shares(
 
 def _note_step(state: State, record: StepRecord, compute_s: float, now: float) -> None:
     """Learns from a step: what it cost the device, and how long it kept others waiting."""
-    state.costs.note(num_prompt_tokens=record.num_prompt_tokens, compute_s=compute_s)
+    state.costs.note(
+        num_prompt_tokens=record.num_prompt_tokens,
+        num_decoding=record.num_decoding,
+        compute_s=compute_s,
+    )
     began_s = max(record.planned_s, state.last_result_s)
     state.last_result_s = now
     state.forecast.note_step(

@@ -48,6 +48,7 @@ from tokenloom.scheduler.messages import (
 )
 from tokenloom.scheduler.sample_files import SampleFile
 from tokenloom.scheduler.samples import Sample
+from tokenloom.scheduler.tenants import TenantsFile
 from tokenloom.wire import codec
 from tokenloom.wire import messages as wire
 from tokenloom.wire.messages import (
@@ -77,6 +78,9 @@ DEPARTURE_S = 0.05
 
 SHUTDOWN_TIMEOUT_S = 5.0
 """A worker needs two steps at most to finish what is in flight."""
+
+LOOK_EVERY_S = 1.0
+"""At the file of the tenants."""
 
 NUM_HEARTBEATS = 3
 """A worker that answers none of so many is lost."""
@@ -111,8 +115,12 @@ class CoreLoop:
                 max_waiting_bytes=config.max_waiting_bytes,
                 deadline_admission=config.deadline_admission,
                 prefix_cache=config.prefix_cache,
+                tenant_stretch=config.tenant_stretch,
             )
         )
+        self._tenants = TenantsFile(Path(config.tenants)) if config.tenants else None
+        self._next_look_s = -math.inf
+        """When the file of the tenants is to be looked at again."""
         self._front_ids: dict[int, bytes] = {}
         """By the number that the state knows a front by; no number is used twice."""
         self._front_numbers: dict[bytes, int] = {}
@@ -166,6 +174,7 @@ class CoreLoop:
             if self._watch.is_overdue(self._clock()):
                 step_id = self._state.in_flight[0].step_id
                 self._lose_group(f"step {step_id} does not end")
+            self._follow_tenants()
             if self._fronts in ready:
                 self._receive_from_fronts()
             self._advance()
@@ -189,6 +198,15 @@ class CoreLoop:
         has_work = self._state.spec is not None and bool(self._state.requests)
         self._stalls.look(stalls=has_work and not self._state.in_flight, now=self._clock())
         self._flush()
+
+    def _follow_tenants(self) -> None:
+        """Takes over what the file of the tenants says, before the requests of this turn."""
+        now = self._clock()
+        if self._tenants is None or now < self._next_look_s:
+            return
+        if self._tenants.refresh() or self._next_look_s == -math.inf:
+            self._state.set_tenants(self._tenants.tenants.by_name, now)
+        self._next_look_s = now + LOOK_EVERY_S
 
     def _flush(self) -> None:
         for front, outputs in self._state.take_outputs().items():

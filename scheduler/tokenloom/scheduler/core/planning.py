@@ -23,6 +23,7 @@ bring that to 19, 8,192 to 220. `python -m tests.simulation.timed` shows what fo
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -31,7 +32,9 @@ import numpy.typing as npt
 
 from tokenloom.scheduler.core import admission, timeliness
 from tokenloom.scheduler.core.blocks import BlockPool
+from tokenloom.scheduler.core.queue import Line
 from tokenloom.scheduler.core.request import Request
+from tokenloom.scheduler.core.sharing import Room, Shares, next_to_give_way, room_beside_others
 from tokenloom.scheduler.core.state import Int64Array, Slots, State, StepRecord
 from tokenloom.scheduler.messages import Admitted
 from tokenloom.wire.messages import Admit, Step
@@ -106,37 +109,48 @@ def plan(state: State, now: float) -> StepPlan | None:
     timeliness.expire(state, now)
     changes = _Changes()
     begin_s = _begin_s(state, now)
-    preempted = _grow(state, slots, pool, changes, begin_s)
+    growing, preempted = _shrink(state, slots, pool, begin_s)
+    is_shared = state.waiting.num_active > 1 or len(state.waiting.present(now)) > 1
+    if is_shared:
+        state.settle()
 
     todo = slots.num_planned - slots.num_scheduled
     open_slots = _open_slots(state, slots, begin_s)
     decoding = np.flatnonzero(open_slots & (todo == 1))
+    room = Room(decoding=decoding)
+    if is_shared:
+        room = room_beside_others(state, slots, decoding, now)
+        decoding = room.decoding
     state.in_burst |= len(state.waiting) > LONG_QUEUE
-    budget = whole = prompt_budget(state, spec.max_step_tokens, num_decoding=len(decoding))
+    budget = whole = prompt_budget(state, spec.max_step_tokens, num_decoding=len(decoding), now=now)
 
     spans, lengths = [decoding], [np.ones(len(decoding), np.int64)]
     prefilling = np.flatnonzero(open_slots & (todo > 1))
-    if len(prefilling) or (state.waiting and not preempted):
-        order = prefilling[np.argsort(slots.serial[prefilling])].tolist()
-        chunks: list[tuple[int, int]] = []
-        for slot in order:
-            if budget == 0:
-                break
-            length = min(int(todo[slot]), budget)
-            chunks.append((slot, length))
-            budget -= length
-        # Right after a preemption the pool is too full for anybody new.
-        while budget and state.waiting and slots.free and not preempted:
-            admitted = _admit(state, slots, pool, changes, now, begin_s)
-            if admitted is None:
-                break
-            length = min(int(slots.num_planned[admitted] - slots.num_scheduled[admitted]), budget)
-            chunks.append((admitted, length))
-            budget -= length
-        spans.append(np.array([slot for slot, _ in chunks], np.int64))
-        lengths.append(np.array([length for _, length in chunks], np.int64))
+    if len(prefilling) or state.waiting:
+        prompts = _Prompts(
+            state,
+            slots,
+            pool,
+            changes,
+            num_growing=len(growing),
+            room=room,
+            now=now,
+            begin_s=begin_s,
+        )
+        budget = prompts.fill(budget, prefilling, preempted)
+        if prompts.preempted:
+            decoding = decoding[~np.isin(decoding, prompts.preempted)]
+            if not (prompts.chunks or len(decoding)):
+                # They gave way for somebody who needs still more; whose turn it was not may run.
+                return plan(state, now)
+        chunks = prompts.chunks
+        spans = [decoding, np.array([slot for slot, _ in chunks], np.int64)]
+        lengths = [np.ones(len(decoding), np.int64), np.array([n for _, n in chunks], np.int64)]
     if budget:
         state.in_burst = False
+    if is_shared:
+        growing = growing[np.isin(growing, decoding)]
+    _grow(slots, pool, changes, growing)
 
     span_slots, span_lengths = np.concatenate(spans), np.concatenate(lengths)
     if not len(span_slots):
@@ -168,9 +182,11 @@ def _begin_s(state: State, now: float) -> float:
     return max(now, max(record.planned_s, state.last_result_s) + step_s)
 
 
-def prompt_budget(state: State, max_step_tokens: int, *, num_decoding: int) -> int:
+def prompt_budget(state: State, max_step_tokens: int, *, num_decoding: int, now: float) -> int:
     """Returns how many prompt tokens a step may compute beside `num_decoding` requests."""
     room = max_step_tokens - num_decoding
+    if len(state.waiting.present(now)) > 1:
+        return state.costs.prompt_budget(room, num_decoding=num_decoding)
     if num_decoding == 0 or state.in_burst:
         return room
     if state.limits.max_mixed_prompt_tokens is not None:
@@ -190,51 +206,219 @@ def _open_slots(state: State, slots: Slots, begin_s: float) -> npt.NDArray[np.bo
     return is_open
 
 
-def _grow(state: State, slots: Slots, pool: BlockPool, changes: _Changes, begin_s: float) -> bool:
-    """Gives each decoding request the block of its next position; tells if it had to preempt."""
-    preempted = False
+def _shrink(
+    state: State, slots: Slots, pool: BlockPool, begin_s: float
+) -> tuple[Int64Array, set[int]]:
+    """Preempts until there is a block for each decoding request that needs one.
+
+    Returns their slots, and the lines of those who gave way.
+    """
+    preempted: set[int] = set()
     while True:
-        position = slots.num_scheduled
-        lacking = np.flatnonzero(
-            _open_slots(state, slots, begin_s) & (position >= slots.num_blocks * pool.block_size)
+        growing = np.flatnonzero(
+            _open_slots(state, slots, begin_s)
+            & (slots.num_scheduled >= slots.num_blocks * pool.block_size)
         )
-        if len(lacking) <= pool.num_free:
-            break
-        youngest = slots.requests[int(np.argmax(slots.serial))]
-        assert youngest is not None
-        state.preempt(youngest)
-        preempted = True
-    blocks, indices = pool.allocate(len(lacking)), slots.num_blocks[lacking]
-    slots.block_table[lacking, indices] = blocks
-    slots.num_blocks[lacking] += 1
-    changes.block_slots += lacking.tolist()
+        if len(growing) <= pool.num_free:
+            return growing, preempted
+        last = next_to_give_way(slots, Shares(state.waiting, slots, pool))
+        assert last is not None, "the pool holds any request alone"
+        preempted.add(state.waiting.lines[last.tenant].index)
+        state.preempt(last)
+
+
+def _grow(slots: Slots, pool: BlockPool, changes: _Changes, growing: Int64Array) -> None:
+    """Gives each of these slots the block of its next position."""
+    blocks, indices = pool.allocate(len(growing)), slots.num_blocks[growing]
+    slots.block_table[growing, indices] = blocks
+    slots.num_blocks[growing] += 1
+    changes.block_slots += growing.tolist()
     changes.block_indices += indices.tolist()
     changes.block_ids += blocks
-    return preempted
+
+
+class _Prompts:
+    """Fills a step's budget for prompts: those under way, and those it admits.
+
+    The line whose tenant was served least is always next. It goes on with its own prompts, in
+    their order, and then with the first that waits. Where that one has no room, and its tenant
+    holds too much already to claim any, it is passed only by tenants that hold less.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        slots: Slots,
+        pool: BlockPool,
+        changes: _Changes,
+        *,
+        num_growing: int,
+        room: Room,
+        now: float,
+        begin_s: float,
+    ) -> None:
+        self._state, self._slots, self._pool, self._changes = state, slots, pool, changes
+        self._num_growing = num_growing
+        self._now = now
+        self._begin_s = begin_s
+        self._room = room
+        self._is_shared = state.waiting.num_active > 1
+        self._least_blocked = math.inf
+        """The least share of the tenants that lack room."""
+        self._blocked: set[int] = set()
+        """Lines from which nobody is admitted in this step."""
+        self.chunks: list[tuple[int, int]] = []
+        """Slot and number of tokens."""
+        self.preempted: list[int] = []
+        """Slots whose requests gave way."""
+
+    def fill(self, budget: int, prefilling: Int64Array, blocked: set[int]) -> int:
+        """Returns what is left of the budget. From the `blocked` lines nobody is admitted."""
+        queue = self._state.waiting
+        if self._room.is_full:
+            self._blocked |= self._room.heavy
+        for index in blocked:
+            self._block(index)
+        heavy_budget = self._room.num_prompt_tokens
+        under_way = self._under_way(prefilling)
+        turns = [queue.by_index[index].rank for index in under_way.keys() | queue.waiting.keys()]
+        heapq.heapify(turns)
+        while budget and turns:
+            line = queue.by_index[turns[0][-1]]
+            is_heavy = line.index in self._room.heavy
+            if is_heavy and heavy_budget == 0:
+                heapq.heappop(turns)
+                continue
+            slot = self._next_under_way(under_way.get(line.index))
+            if slot is None:
+                slot = self._next_waiting(line)
+            if slot is None:
+                heapq.heappop(turns)
+                continue
+            todo = int(self._slots.num_planned[slot] - self._slots.num_scheduled[slot])
+            length = min(todo, budget, heavy_budget) if is_heavy else min(todo, budget)
+            self.chunks.append((slot, length))
+            budget -= length
+            heavy_budget = max(0, heavy_budget - length)
+            line.serve(length)
+            self._slots.num_charged[slot] += length
+            heapq.heapreplace(turns, line.rank)
+        return budget
+
+    def _under_way(self, prefilling: Int64Array) -> dict[int, list[Request]]:
+        """Returns the requests whose prompts are being computed by line, the next one last."""
+        slots, found = self._slots, dict[int, list[Request]]()
+        if len(prefilling):
+            order = np.lexsort((-slots.serial[prefilling], slots.priority[prefilling]))
+            for slot in prefilling[order].tolist():
+                request = slots.requests[slot]
+                assert request is not None
+                found.setdefault(int(slots.line[slot]), []).append(request)
+        return found
+
+    @staticmethod
+    def _next_under_way(requests: list[Request] | None) -> int | None:
+        while requests:
+            request = requests.pop()
+            if request.slot is not None:  # else it gave way in this very plan
+                return request.slot
+        return None
+
+    def _next_waiting(self, line: Line) -> int | None:
+        """Admits the next of a line; None: nobody waits, or there is no room."""
+        state, slots = self._state, self._slots
+        if line.index in self._blocked or not line.places:
+            return None
+        if not (slots.free or self._is_shared):
+            return None
+        request = self._first_in_time(line)
+        if request is None or request.deadline_s <= self._begin_s:  # it ends where it waits
+            return None
+        if not self._has_room(line, request):
+            self._block(line.index)
+            return None
+        return _admit(state, slots, self._pool, self._changes, request, self._now)
+
+    def _first_in_time(self, line: Line) -> Request | None:
+        """Returns the first of a line that may be done by its deadline; refuses those before it.
+
+        While there are suspects, it is the first of these, where it is alone.
+        """
+        state = self._state
+        if state.suspects:
+            suspect = next(iter(state.suspects.values()))
+            is_alone = not (state.num_running or state.in_flight)
+            return suspect if is_alone and suspect.tenant == line.tenant.name else None
+        while line.places:
+            request = state.waiting.head(line)
+            late = timeliness.lateness_in_slot(state, self._slots, self._pool, request, self._now)
+            if late is None:
+                return request
+            admission.refuse_late(state, request, late)
+            state.forecast.note_departure(request.arrived_s, self._now)
+        return None
+
+    def _has_room(self, line: Line, request: Request) -> bool:
+        """Returns whether there are a slot and blocks for a request, or others have given way."""
+        slots, pool = self._slots, self._pool
+        num_blocks = -(-len(request.tokens) // pool.block_size)
+        while True:
+            fits = bool(slots.free) and _num_taken(pool, request) <= self._num_spare
+            if fits and self._least_blocked == math.inf:
+                return True
+            if not self._is_shared:
+                return False
+            shares = Shares(self._state.waiting, slots, pool)
+            claim = shares.of(line.index, slots=1, blocks=num_blocks)
+            if claim >= self._least_blocked or fits:
+                return claim < self._least_blocked
+            last = next_to_give_way(slots, shares, taken=[slot for slot, _ in self.chunks])
+            if last is None or claim >= shares.of(int(slots.line[last.slot])):
+                return False
+            self._preempt(last)
+
+    @property
+    def _num_spare(self) -> int:
+        """Blocks that may go to somebody new."""
+        reserve = min(self._state.num_running, self._pool.num_blocks // RESERVE_DIVISOR)
+        return self._pool.num_free - self._num_growing - reserve
+
+    def _preempt(self, request: Request) -> None:
+        assert request.slot is not None
+        # By what it held so far, or the claimant would not pass it any more.
+        self._block(int(self._slots.line[request.slot]))
+        self.preempted.append(request.slot)
+        self._state.preempt(request)
+
+    def _block(self, line: int) -> None:
+        """Admits nobody of a line any more; those with a larger share do not pass it."""
+        self._blocked.add(line)
+        if self._is_shared:
+            shares = Shares(self._state.waiting, self._slots, self._pool)
+            self._least_blocked = min(self._least_blocked, shares.of(line))
+
+
+def _num_taken(pool: BlockPool, request: Request) -> int:
+    """Returns how many free blocks a request takes; evictable ones that it shares are of these."""
+    cached = request.cached_digests(pool)
+    return -(-len(request.tokens) // pool.block_size) - len(cached) + pool.num_evictable(cached)
 
 
 def _admit(
-    state: State, slots: Slots, pool: BlockPool, changes: _Changes, now: float, begin_s: float
-) -> int | None:
-    """Moves the next of the queue into a slot with blocks for all its tokens, if they are free."""
-    request = _next_in_time(state, slots, pool, now)
-    if request is None or request.deadline_s <= begin_s:  # it ends where it waits
-        return None
+    state: State, slots: Slots, pool: BlockPool, changes: _Changes, request: Request, now: float
+) -> int:
+    """Moves a request of the queue into a free slot, with blocks for all its tokens."""
     num_tokens, block_size = len(request.tokens), pool.block_size
     cached = request.cached_digests(pool)
     num_new = -(-num_tokens // block_size) - len(cached)
-    reserve = min(state.num_running, pool.num_blocks // RESERVE_DIVISOR)
-    if num_new + pool.num_evictable(cached) + reserve > pool.num_free:
-        return None
-
+    num_computed = len(cached) * block_size
     if request.planned_s is None:
-        num_cached = len(cached) * block_size
-        request.estimate = timeliness.estimate(state, slots, request, num_cached)
+        request.estimate = timeliness.estimate(state, slots, request, num_computed)
     state.waiting.leave(request)
     slot = slots.free.pop()
-    num_computed = len(cached) * block_size
     usual = state.forecast.usual_tokens(request.max_total - request.num_prompt)
     _fill_slot(slots, slot, request, num_computed, goal=request.num_prompt + usual)
+    slots.line[slot] = state.waiting.lines[request.tenant].index
     slots.tenure[slot] = state.next_tenure
     state.next_tenure += 1
     # Shared blocks first: allocating may evict what nobody holds.
@@ -264,17 +448,6 @@ def _admit(
     return slot
 
 
-def _next_in_time(state: State, slots: Slots, pool: BlockPool, now: float) -> Request | None:
-    """Returns the first of the queue that may be done by its deadline; refuses those before it."""
-    while (request := state.next_waiting()) is not None:
-        late = timeliness.lateness_in_slot(state, slots, pool, request, now)
-        if late is None:
-            return request
-        admission.refuse_late(state, request, late)
-        state.forecast.note_departure(request.arrived_s, now)
-    return None
-
-
 def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int, *, goal: int) -> None:
     num_tokens = len(request.tokens)
     request.slot = slot
@@ -286,6 +459,8 @@ def _fill_slot(slots: Slots, slot: int, request: Request, num_computed: int, *, 
     slots.num_planned[slot] = num_tokens
     slots.num_scheduled[slot] = num_computed
     slots.num_computed[slot] = num_computed
+    slots.num_charged[slot] = num_computed
+    slots.priority[slot] = request.priority
     slots.max_total[slot] = request.max_total
     slots.num_blocks[slot] = 0
     slots.num_hashed[slot] = num_computed // slots.block_size

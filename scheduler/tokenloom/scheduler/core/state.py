@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +28,7 @@ from tokenloom.scheduler.core.blocks import BlockPool, Int32Array, root_digest
 from tokenloom.scheduler.core.costs import StepCosts
 from tokenloom.scheduler.core.deadlines import Deadlines
 from tokenloom.scheduler.core.forecast import Forecast
-from tokenloom.scheduler.core.queue import Queue
+from tokenloom.scheduler.core.queue import Line, Queue
 from tokenloom.scheduler.core.request import Request
 from tokenloom.scheduler.messages import (
     Admitted,
@@ -38,6 +39,7 @@ from tokenloom.scheduler.messages import (
     Refused,
     Submit,
 )
+from tokenloom.scheduler.tenants import Tenant
 from tokenloom.wire.messages import Ready, TokenLogprobs
 
 Int64Array = npt.NDArray[np.int64]
@@ -67,6 +69,9 @@ class Limits:
     prefix_cache: bool = True
     deadline_admission: bool = True
     """Whether requests are refused that would not be done by their deadline."""
+    tenant_stretch: float = 1.2
+    """What those who ask for much may add to the steps of those who ask for little, as a factor
+    of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +191,11 @@ class Slots:
         self.deadline_s = np.full(num_slots, np.inf)
         self.goal = np.zeros(num_slots, np.int64)
         """Tokens, of prompt and completion, by which the request is taken to be done."""
+        self.line = np.zeros(num_slots, np.int64)
+        """Index of the tenant's line."""
+        self.priority = np.zeros(num_slots, np.int64)
+        self.num_charged = np.zeros(num_slots, np.int64)
+        """Positions that are in the tenant's account; at most num_scheduled between plans."""
         self.front = np.zeros(num_slots, np.int32)
         self.stream = np.zeros(num_slots, np.int64)
         self.stop_ids = np.full((num_slots, 1), NO_TOKEN, np.int32)
@@ -224,6 +234,8 @@ class State:
         self.released: list[int] = []
         """Slots given up since the last step; the next one tells the worker."""
         self.costs = StepCosts()
+        self.next_turn = 0
+        """The slot from which on those are chosen who decode, where not all may."""
         self.in_burst = False
         """Many waited, and not all that may run has been taken into a step since."""
         self.next_step_id = 1
@@ -275,7 +287,10 @@ class State:
         )
         self.next_serial += 1
         self.requests[front, message.stream] = request
-        self.waiting.enter(request)
+        line = self.waiting.line(message.tenant, now)
+        if self.waiting.num_active > (line.num_requests > 0):
+            self.settle()  # a tenant that comes back begins where the others are
+        self.waiting.arrive(request)
         if request.deadline_s < math.inf:
             self.deadlines.compact(self.requests)
             self.deadlines.add(request.deadline_s, (front, message.stream))
@@ -301,6 +316,8 @@ class State:
         request.last_token_s = _time(slots.last_token_s[slot])
         request.tokens = slots.tokens[slot, : slots.num_tokens[slot]].copy()
         request.slot = None
+        line = self.waiting.by_index[slots.line[slot]]
+        self.charge_decoded(line, int(slots.num_scheduled[slot] - slots.num_charged[slot]))
         slots.serial[slot] = slots.tenure[slot] = 0
         slots.num_blocks[slot] = 0
         slots.requests[slot] = None
@@ -320,19 +337,12 @@ class State:
         request.estimate = None  # it was for a request that is left to run
         self.waiting.enter(request)
 
-    def next_waiting(self) -> Request | None:
-        """Returns who may be admitted: the first of the queue, or a suspect where it is alone."""
-        if not self.suspects:
-            return self.waiting.head()
-        if self.num_running or self.in_flight:
-            return None
-        return next(iter(self.suspects.values()))
-
     def refuse(
         self, request: Request, reason: RefusalReason, detail: str, retry_after_s: float | None
     ) -> None:
         """Takes a request that has never run out of the queue, and tells its front why."""
         self.waiting.leave(request)
+        self.waiting.depart(request)
         del self.requests[request.front, request.stream]
         self.totals.num_refused += 1
         self.outputs_of(request.front).refused.append(
@@ -340,6 +350,32 @@ class State:
                 stream=request.stream, reason=reason, detail=detail, retry_after_s=retry_after_s
             )
         )
+
+    def set_tenants(self, tenants: Mapping[str, Tenant], now: float) -> None:
+        """Takes over the tenants' weights and limits; requests that are there already stay."""
+        self.settle()
+        self.waiting.set_tenants(tenants, now)
+
+    def settle(self) -> None:
+        """Enters into the tenants' accounts what was computed for those that decode.
+
+        Prompts are entered as they are planned. Decoding is entered only when somebody asks for
+        the accounts: a step that has nobody to choose from pays nothing for them.
+        """
+        if self.slots is None:
+            return
+        slots, lines = self.slots, self.waiting.by_index
+        due = np.where(slots.serial != 0, slots.num_scheduled - slots.num_charged, 0)
+        slots.num_charged += due
+        sums = np.bincount(slots.line, due, minlength=len(lines))
+        for index in np.flatnonzero(sums).tolist():
+            self.charge_decoded(lines[index], int(sums[index]))
+
+    def charge_decoded(self, line: Line, num_tokens: int) -> None:
+        """Enters tokens that were computed for completions of a tenant into its account."""
+        line.serve(num_tokens * self.costs.completion_weight)
+        if line.bucket is not None:
+            line.bucket.take(num_tokens)
 
     def finish(
         self,
@@ -355,6 +391,7 @@ class State:
         else:
             # What is not finite may lie in the request's own KV: whoever shared it would fail too.
             self.vacate(request, keep_blocks=reason is not FinishReason.FAULT)
+        self.waiting.depart(request)
         del self.requests[request.front, request.stream]
         self.suspects.pop(request.serial, None)
         num_tokens = len(request.tokens) - request.num_prompt
@@ -397,7 +434,7 @@ class State:
     def check(self) -> list[str]:
         """Returns what is wrong with the state; empty is right."""
         running = {r.slot: r for r in self.requests.values() if r.slot is not None}
-        wrong = self._check_queue([r.serial for r in running.values()])
+        wrong = self._check_queue(list(running.values()))
         if self.slots is None or self.pool is None:
             if running:
                 wrong.append("requests run without a model")
@@ -420,23 +457,32 @@ class State:
                     f"slot {slot}: computed {computed}, scheduled {scheduled}, known {known}, "
                     f"planned {planned}, limit {request.max_total}"
                 )
+            if not slots.num_charged[slot] <= scheduled:
+                wrong.append(f"slot {slot}: {slots.num_charged[slot]} positions are charged")
             if slots.num_blocks[slot] * pool.block_size < scheduled:
                 wrong.append(f"slot {slot}: {scheduled} positions lie beyond its blocks")
         if len(running) + len(set(slots.free)) != slots.num_slots:
             wrong.append(f"{len(running)} running and {len(slots.free)} free slots are not all")
         return wrong + pool.check(slots.blocks(slot) for slot in range(slots.num_slots))
 
-    def _check_queue(self, running: list[int]) -> list[str]:
-        """Returns what is wrong with the queue beside the serials of those that run."""
+    def _check_queue(self, running: list[Request]) -> list[str]:
+        """Returns what is wrong with the queue beside those that run."""
         queued = {r.serial for r in self.requests.values() if r.slot is None}
         wrong = self.waiting.check()
         if queued != {request.serial for request in self.waiting}:
             wrong.append("the queue and the requests without a slot differ")
         if self.suspects:
-            if running not in ([], list(self.suspects)[:1]):
-                wrong.append(f"{running} run while {list(self.suspects)} are suspects")
-        elif queued and running and min(queued) < max(running):
-            wrong.append("a request waits while a younger one runs")
+            serials = [request.serial for request in running]
+            if serials not in ([], list(self.suspects)[:1]):
+                wrong.append(f"{serials} run while {list(self.suspects)} are suspects")
+            return wrong
+        youngest: dict[tuple[str, int], int] = {}
+        for request in running:
+            group = request.tenant, request.priority
+            youngest[group] = max(youngest.get(group, 0), request.serial)
+        for request in self.waiting:
+            if request.serial < youngest.get((request.tenant, request.priority), 0):
+                wrong.append(f"request {request.serial} waits while one like it, but younger, runs")
         return wrong
 
 

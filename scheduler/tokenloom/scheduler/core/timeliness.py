@@ -62,11 +62,14 @@ def lateness_in_queue(state: State, request: Request, now: float) -> Lateness | 
     if slots is None or pool is None or not _is_held(state, request):
         return None
     waiting = state.waiting
-    wait_s = (waiting.num_tokens - len(request.tokens)) * (state.costs.prompt_token_s or 0.0)
-    has_room = len(waiting) <= len(slots.free)
-    has_room &= waiting.num_tokens // pool.block_size < pool.num_free
+    # Tenants take turns: of each there go about as many ahead of it as of its own.
+    line, num_lines = waiting.lines[request.tenant], len(waiting.waiting)
+    num_waiting = min(len(waiting), num_lines * len(line.places))
+    num_tokens = min(waiting.num_tokens, num_lines * line.num_tokens)
+    wait_s = (num_tokens - len(request.tokens)) * (state.costs.prompt_token_s or 0.0)
+    has_room = num_waiting <= len(slots.free) and num_tokens // pool.block_size < pool.num_free
     if not has_room:
-        wait_s = max(wait_s, state.forecast.queue_s(len(waiting)))
+        wait_s = max(wait_s, state.forecast.queue_s(num_waiting))
     # Whom it would meet once others have left is not known yet.
     return _lateness(state, slots, pool, request, wait_s, may_harm=has_room, now=now)
 

@@ -61,7 +61,7 @@ from tokenloom.scheduler.front.validate import (
     validate_tokenize,
 )
 from tokenloom.scheduler.messages import ModelReady, Submit
-from tokenloom.scheduler.tenants import Tenant
+from tokenloom.scheduler.tenants import NOBODY, Tenant
 from tokenloom.v1 import inference_pb2 as pb
 
 MESSAGE_LIMIT_BYTES = 40 * 1024 * 1024
@@ -150,8 +150,8 @@ class InferenceServicer:
             if self._num_running == 0:
                 self._idle.set()
 
-    def _limits(self) -> Limits:
-        """Returns what the model allows. Raises Unavailable if there is none."""
+    def _limits(self, tenant: Tenant = NOBODY) -> Limits:
+        """Returns what the model allows a tenant. Raises Unavailable if there is none."""
         if self._is_draining:
             raise Unavailable(DRAINING)
         if isinstance(self.model, Absence):
@@ -164,6 +164,7 @@ class InferenceServicer:
             longest_token_bytes=text.longest_token_bytes,
             eos_token_ids=tuple(eos for eos in text.eos_token_ids if 0 <= eos < vocab_size),
             has_chat_template=text.has_chat_template,
+            max_tokens=tenant.max_tokens,
         )
 
     @property
@@ -251,14 +252,14 @@ class InferenceServicer:
     async def _generate(
         self, request: pb.GenerateRequest, context: Context, record: Record, tenant: Tenant
     ) -> None:
-        limits = self._limits()
+        limits = self._limits(tenant)
         spec = validate_generate(request, limits, fallback_seed=secrets.randbits(64))
         tokens = await self._tokens(spec.prompt, limits)
-        max_tokens = fit(spec, len(tokens), self._limits())  # they may have changed meanwhile
+        max_tokens = fit(spec, len(tokens), self._limits(tenant))  # may have changed meanwhile
         stream = self._stream(spec, record)
         record.is_chat = isinstance(spec.prompt, ChatPrompt)
         record.num_prompt_tokens, record.max_tokens = len(tokens), max_tokens
-        record.sampling, record.priority = spec.sampling, request.priority
+        record.sampling, record.priority = spec.sampling, spec.priority
         record.stream = stream
         call = Call(
             request_id=record.request_id,
@@ -281,6 +282,7 @@ class InferenceServicer:
             request_id=call.request_id,
             tenant=tenant.name,
             timeout_s=_timeout_s(context),
+            priority=spec.priority,
         )
         try:
             if not stream.is_over:

@@ -34,6 +34,8 @@ made to take memory: tokenizers take some 450 bytes for each, however few tokens
 MIN_TEMPERATURE = 1e-4
 """A lower one draws as greedy does, and its reciprocal overflows: it counts as 0."""
 MIN_REPETITION_PENALTY = 0.01
+MAX_PRIORITY = 100
+"""The least one is its negation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Limits:
     longest_token_bytes: int
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
+    max_tokens: int | None = None
+    """Of a completion, for the tenant that asks; None: as many as fit."""
 
     @property
     def max_prompt_bytes(self) -> int:
@@ -104,6 +108,7 @@ class GenerateSpec:
     skip_special_tokens: bool
     beginning: Beginning | None
     """None: the completion is a new one."""
+    priority: int
 
 
 class _Violations:
@@ -142,12 +147,28 @@ def validate_generate(
             max_tokens >= 1, "stopping.max_tokens", f"is {max_tokens}; it must be at least 1"
         )
         found.check(
+            limits.max_tokens is None or max_tokens <= limits.max_tokens,
+            "stopping.max_tokens",
+            f"is {max_tokens}; this tenant may have {limits.max_tokens}",
+        )
+        found.check(
             stopping.min_tokens <= max_tokens,
             "stopping.min_tokens",
             f"is {stopping.min_tokens}; it must not exceed max_tokens, which is {max_tokens}",
         )
+    elif limits.max_tokens is not None:
+        found.check(
+            stopping.min_tokens <= limits.max_tokens,
+            "stopping.min_tokens",
+            f"is {stopping.min_tokens}; this tenant may have {limits.max_tokens} tokens",
+        )
     stop_strings = _stop_strings(stopping.stop_strings, found)
     beginning = _beginning(request, limits, found)
+    found.check(
+        -MAX_PRIORITY <= request.priority <= MAX_PRIORITY,
+        "priority",
+        f"is {request.priority}; it must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]",
+    )
     if isinstance(prompt, TokenPrompt):
         num_tokens = len(request.tokens.ids)
         _lengths(num_tokens, prompt.field, sampling.min_tokens, max_tokens, limits, found)
@@ -160,11 +181,15 @@ def validate_generate(
         stop_strings=stop_strings,
         skip_special_tokens=_default_true(request.output),
         beginning=beginning,
+        priority=request.priority,
     )
 
 
 def fit(spec: GenerateSpec, num_prompt_tokens: int, limits: Limits) -> int:
-    """Returns the most tokens to complete. Raises InvalidRequest if the context has no room."""
+    """Returns the most tokens to complete. Raises InvalidRequest if the context has no room.
+
+    Who names no number gets what the context, or the tenant's limit, leaves.
+    """
     found = _Violations()
     _lengths(
         num_prompt_tokens,
@@ -175,7 +200,8 @@ def fit(spec: GenerateSpec, num_prompt_tokens: int, limits: Limits) -> int:
         found,
     )
     found.raise_if_any()
-    return spec.max_tokens or limits.max_model_tokens - num_prompt_tokens
+    room = limits.max_model_tokens - num_prompt_tokens
+    return spec.max_tokens or min(room, limits.max_tokens or room)
 
 
 def validate_tokenize(request: pb.TokenizeRequest, limits: Limits) -> TextPrompt | ChatPrompt:
