@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -248,6 +249,16 @@ def test_gaps_between_tokens_are_those_of_each_request() -> None:
     gaps = state.totals.token_gaps
     assert gaps.counts.sum() == 3 + 2
     assert gaps.total == pytest.approx(5.0)
+
+
+def test_the_fullest_bound_of_the_queue_is_told() -> None:
+    state = ready_state()
+    admission.submit(state, 0, submit(0, [3] * 200, 4), 0.0)
+    limits = state.limits
+    assert load_of(state).queue_fraction == pytest.approx(200 / limits.max_waiting_tokens)
+    few_bytes = dataclasses.replace(limits, max_waiting_bytes=2 * state.waiting.num_bytes)
+    state.limits = few_bytes
+    assert load_of(state).queue_fraction == 0.5
 
 
 def test_load_is_told_soon_after_news_and_each_second_without() -> None:

@@ -54,18 +54,23 @@ def processes(server: Server, module: str) -> list[psutil.Process]:
     return server.children(f"tokenloom.scheduler.{module}")
 
 
+def num_front_files(server: Server) -> int:
+    return len(list((server.run_dir / "metrics").glob("front-*.samples")))
+
+
 def test_no_count_dies_with_a_front_or_the_exporter(server: Server) -> None:
     finished = "tokenloom_e2e_request_latency_seconds_count"
     call(server)
     wait_until(lambda: scrape(server).get(finished) == NUM_CALLS, TIMEOUT_S)
 
+    wait_until(lambda: num_front_files(server) == 2, TIMEOUT_S)
     wait_until(lambda: scrape(server)["tokenloom_ready"] == 1, TIMEOUT_S)
     for front in processes(server, "front"):
         front.send_signal(signal.SIGKILL)
     wait_until(lambda: len(processes(server, "front")) == 2, TIMEOUT_S)
     call(server)
     wait_until(lambda: scrape(server).get(finished) == 2 * NUM_CALLS, TIMEOUT_S)
-    assert len(list((server.run_dir / "metrics").glob("front-*.samples"))) == 2
+    assert num_front_files(server) == 2
 
     (exporter,) = processes(server, "exporter")
     exporter.kill()

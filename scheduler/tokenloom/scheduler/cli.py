@@ -149,7 +149,7 @@ def serve(argv: Sequence[str]) -> int:
     group.add_argument(
         "--standby",
         action=argparse.BooleanOptionalAction,
-        help="keep a process beside each worker, some 0.5 GiB of the host's memory, that takes its"
+        help="keep a process beside each worker, some 0.7 GiB of the host's memory, that takes its"
         " place sooner when it is lost (default: where there are GPUs)",
     )
     args = parser.parse_args(argv)

@@ -64,7 +64,7 @@ KV_CACHE_USAGE_RATIO = _gauge(
 )
 QUEUE_USAGE_RATIO = _gauge("queue_usage_ratio", "The fullest of the queue's bounds.")
 MEMORY_BYTES = _gauge("memory_bytes", "What a rank has set aside on its GPU.", "rank", "kind")
-READY = _gauge("ready", "1: the model is there, and every front takes requests.")
+READY = _gauge("ready", "1: the model is there, and every front that runs takes requests.")
 PROMPT_TOKENS = _counter("prompt_tokens", "Tokens of the prompts that got a slot.")
 GENERATION_TOKENS = _counter("generation_tokens", "Tokens drawn.")
 PREFIX_CACHE_QUERIES = _counter(
@@ -117,7 +117,7 @@ METRICS = tuple(value for value in vars().values() if isinstance(value, Metric))
 
 
 REFUSALS = (
-    *("QUEUE_FULL", "DEADLINE_UNREACHABLE", "DEADLINE_EXCEEDED", "TENANT_LIMIT", "DRAINING"),
+    *("QUEUE_FULL", "DEADLINE_UNREACHABLE", "DEADLINE_PASSED", "TENANT_LIMIT", "DRAINING"),
     *("NOT_READY", "MODEL_LOST", "CORE_LOST", "NO_IDENTITY", "BAD_TOKEN", "UNKNOWN_TENANT"),
     *("INVALID_REQUEST", "PROMPT_TOO_LONG", "MALFORMED", "OTHER_MODEL", "ENDED_BY_OPERATOR"),
     *("CLIENT_TOO_SLOW", "INTERNAL", "OTHER"),

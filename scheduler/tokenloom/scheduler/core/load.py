@@ -24,6 +24,7 @@ def load_of(state: State) -> Load:
         queue_fraction=max(
             len(state.waiting) / limits.max_waiting_requests,
             state.waiting.num_tokens / limits.max_waiting_tokens,
+            state.waiting.num_bytes / limits.max_waiting_bytes,
         ),
         num_steps=totals.num_steps,
         num_finished=totals.num_finished,
