@@ -373,9 +373,23 @@ class _Prompts:
             if claim >= self._least_blocked or fits:
                 return claim < self._least_blocked
             last = next_to_give_way(slots, shares, taken=[slot for slot, _ in self.chunks])
-            if last is None or claim >= shares.of(int(slots.line[last.slot])):
+            if last is None or not self._may_claim(line, claim, shares, last):
                 return False
             self._preempt(last)
+
+    def _may_claim(self, line: Line, claim: float, shares: Shares, last: Request) -> bool:
+        """Returns whether a line may have the room of a request: of who holds more than it would.
+
+        Nor may it have been served more, but for what a step computes, unless the other one is
+        held back for its sake.
+        """
+        assert self._state.spec is not None
+        holder = self._state.waiting.lines[last.tenant]
+        lead = self._state.spec.max_step_tokens / line.tenant.weight
+        heavy = self._room.heavy
+        is_due = line.served < holder.served + lead
+        is_due |= holder.index in heavy and line.index not in heavy
+        return is_due and claim < shares.of(holder.index)
 
     @property
     def _num_spare(self) -> int:
