@@ -21,7 +21,8 @@ import numpy as np
 
 from tests.e2e.server import Server
 from tokenloom.client import AsyncClient, TokenloomError
-from tokenloom.scheduler.tenants import digest_of_token, new_token
+from tokenloom.scheduler.bearer import new_token
+from tokenloom.scheduler.tenants import digest_of_token
 
 MODEL = Path(__file__).parents[1] / "models" / "pocket"
 NUM_PROMPT, NUM_OUTPUT = 64, 48

@@ -16,7 +16,8 @@ from tests.certificates import CA, put
 from tests.e2e.server import START_TIMEOUT_S, Server
 from tokenloom.client import TLS, AccessDenied, Client
 from tokenloom.client.errors import Unavailable
-from tokenloom.scheduler.tenants import digest_of_token, new_token
+from tokenloom.scheduler.bearer import new_token
+from tokenloom.scheduler.tenants import digest_of_token
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket"
 ID = "spiffe://example.org/ns/search/sa/api"

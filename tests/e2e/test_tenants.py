@@ -9,7 +9,8 @@ import pytest
 
 from tests.e2e.server import Server
 from tokenloom.client import Client, InvalidRequest, Overloaded
-from tokenloom.scheduler.tenants import digest_of_token, new_token
+from tokenloom.scheduler.bearer import new_token
+from tokenloom.scheduler.tenants import digest_of_token
 
 ROOT = Path(__file__).parents[2]
 TOKENS = {name: new_token() for name in ("alone", "team-a", "team-b", "bounded")}

@@ -17,10 +17,11 @@ from tests.certificates import CA, put
 from tests.front.fake_core import FakeCore
 from tests.front.harness import Front, refusal, refusal_of, until
 from tests.front.secured import Metadata, generate, refused, secured, trusting
+from tokenloom.scheduler.bearer import new_token
 from tokenloom.scheduler.front import identity
 from tokenloom.scheduler.front.errors import RequestError
 from tokenloom.scheduler.front.identity import tenant_of
-from tokenloom.scheduler.tenants import Tenants, digest_of_token, new_token
+from tokenloom.scheduler.tenants import Tenants, digest_of_token
 from tokenloom.v1 import inference_pb2 as pb
 
 SEARCH, BATCH = new_token(), new_token()

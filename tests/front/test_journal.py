@@ -17,10 +17,11 @@ import pytest
 from tests.front.fake_core import FakeCore
 from tests.front.harness import Front, until
 from tests.front.secured import generate, refused, secured
+from tokenloom.scheduler.bearer import new_token
 from tokenloom.scheduler.config import ConfigError, SchedulerConfig
 from tokenloom.scheduler.front import server
 from tokenloom.scheduler.front.record import MAX_EVENTS, Event, Record, TraceParent
-from tokenloom.scheduler.tenants import digest_of_token, new_token
+from tokenloom.scheduler.tenants import digest_of_token
 from tokenloom.wire import logs
 
 SECRET = "xyzzy-plugh-4711"

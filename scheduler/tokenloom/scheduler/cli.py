@@ -224,7 +224,8 @@ def bearer_token(argv: Sequence[str]) -> int:
         "error its line for the tenants file, from which nobody can tell the token.",
     )
     parser.parse_args(argv)
-    from tokenloom.scheduler.tenants import digest_of_token, new_token
+    from tokenloom.scheduler.bearer import new_token
+    from tokenloom.scheduler.tenants import digest_of_token
 
     made = new_token()
     print(made)

@@ -22,7 +22,6 @@ import hashlib
 import logging
 import math
 import re
-import secrets
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -37,7 +36,6 @@ from tokenloom.scheduler.versions import versions_of
 MAX_TENANTS = 1000
 """Each is a label of metrics and a counter of the scheduler."""
 _MAX_FILE_BYTES = 4 * 1024 * 1024
-_TOKEN_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SPIFFE_ID = re.compile(r"spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)+")
@@ -164,11 +162,6 @@ class TenantsFile:
         self.tenants = read
         _log.info("%s has %d tenants", self._path, len(read.by_name))
         return True
-
-
-def new_token() -> str:
-    """Returns a bearer token that nobody can guess."""
-    return secrets.token_urlsafe(_TOKEN_BYTES)
 
 
 def digest_of_token(token: str) -> str:
