@@ -194,11 +194,20 @@ def test_a_request_that_the_queue_has_made_hopeless_leaves_it_before_it_runs(bus
 def test_a_newcomer_that_would_make_others_late_is_refused(busy: Core) -> None:
     """Each brings a prompt that holds up those who run, and they have no time to lose."""
     busy.state.forecast.num_prompt_tokens = 0.4 * busy.state.forecast.num_drawn_tokens
-    busy.submit(due(1, 109 * STEP_S, max_tokens=100))
+    busy.submit(due(1, 113 * STEP_S, max_tokens=100), due(2, 113 * STEP_S, max_tokens=100))
     assert busy.refused == {}
     busy.step()
-    busy.submit(due(2, 900 * STEP_S, max_tokens=100), due(3, None, max_tokens=100))
-    assert set(busy.refused) == {2}
+    busy.state.costs.prompt_token_s = STEP_S / 8  # as before the two came together
+    busy.submit(due(3, 900 * STEP_S, max_tokens=100))
+    assert set(busy.refused) == {3}
+
+
+def test_one_with_no_time_to_lose_does_not_keep_others_out(busy: Core) -> None:
+    busy.state.forecast.num_prompt_tokens = 0.4 * busy.state.forecast.num_drawn_tokens
+    busy.submit(due(1, 109 * STEP_S, max_tokens=100))
+    busy.step()
+    busy.submit(due(2, 900 * STEP_S, max_tokens=100))
+    assert busy.refused == {}
 
 
 def test_a_prompt_that_is_cached_is_not_refused_for_the_time_it_would_have_taken(

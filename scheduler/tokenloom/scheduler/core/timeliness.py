@@ -18,7 +18,8 @@ from tokenloom.scheduler.core.state import Slots, State
 from tokenloom.scheduler.messages import FinishReason
 
 HARM = 1 / 32
-"""Of those that run may be late because of a newcomer: one alone must not keep all others out."""
+"""Of those that run, and at least one, may be late because of a newcomer: nobody whose deadline is
+tight keeps all others out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +119,7 @@ def _lateness(
             needed_s += forecast.factor * told.elapsed_s(num_tokens)
             if may_harm:
                 num_harmed = _num_harmed(state, slots, forecast.factor * told.token_s, now)
-        if needed_s <= left_s and num_harmed <= HARM * state.num_running:
+        if needed_s <= left_s and num_harmed <= max(1, HARM * state.num_running):
             return None
         return Lateness(needed_s=needed_s, left_s=left_s, num_harmed=num_harmed)
 
