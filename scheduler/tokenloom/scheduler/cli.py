@@ -44,7 +44,7 @@ _SCHEDULER_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ),
     ("tls_key", str, "file of its key"),
     ("tls_client_ca", str, "file of CAs; with it every client must show a certificate of theirs"),
-    ("tenants", str, "TOML file of those who may call; docs/operations.md has its form"),
+    ("tenants", str, "TOML file of those who may call; docs/tenants.md has its form"),
     (
         "tenant_stretch",
         float,
