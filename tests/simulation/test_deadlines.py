@@ -27,7 +27,7 @@ def figures(load: float, *, deadline_admission: bool = True) -> Tally:
 def test_twice_the_load_that_saturates_costs_at_most_a_tenth_of_the_goodput() -> None:
     best, twice = figures(BEST_LOAD), figures(2.0)
     assert twice.goodput > 0.9 * best.goodput
-    assert twice.late < 0.02  # what is taken is done in time
+    assert twice.late < 0.05  # what is taken is done in time
     assert (twice.num_past, twice.num_begun_past) == (0, 0)
 
 

@@ -42,7 +42,7 @@ END_WEIGHT = 1 / 32
 INTERVAL_WEIGHT = 0.1
 """Of the newest sample in how fast the queue moves."""
 
-NUM_DEVIATIONS = 2.0
+NUM_DEVIATIONS = 0.5
 """So many mean deviations above the mean lies the factor that forecasts are multiplied by."""
 
 LEAST_FACTOR, LARGEST_FACTOR = 0.5, 2.0
