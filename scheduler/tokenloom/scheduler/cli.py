@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -317,7 +318,8 @@ def _run(args: argparse.Namespace, workers: Sequence[Sequence[str]], *, stand_by
             if config.num_fronts > 1:
                 listen = held.enter_context(shared_port(config.listen))
                 config = replace(config, listen=listen)
-            _make_metrics_dir(Path(config.metrics_dir))
+            if config.metrics_listen:
+                held.enter_context(_metrics_dir(Path(config.metrics_dir)))
             python = (sys.executable, "-m", "tokenloom.worker")
             connect = f"--connect={config.worker_endpoint}"
             commands = [(*python, connect, *each) for each in workers]
@@ -412,11 +414,15 @@ def _run_dir(given: str | None) -> Iterator[str]:
     yield str(folder)
 
 
-def _make_metrics_dir(folder: Path) -> None:
-    """Makes the folder where processes write what they measure, without what others left there."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
+@contextmanager
+def _metrics_dir(folder: Path) -> Iterator[None]:
+    """Has a folder where processes write what they measure, without what others left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse(message: str) -> int:

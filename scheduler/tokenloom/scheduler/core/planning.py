@@ -170,16 +170,16 @@ def plan(state: State, now: float) -> StepPlan | None:
 
 
 def _begin_s(state: State, now: float) -> float:
-    """Returns about when a step begins that is sent now.
+    """Returns when a step that is sent now has begun, somewhat late.
 
-    To take it for somewhat later costs nothing: what a step draws comes at its end.
+    That costs nothing: what a step draws comes at its end, half a step and more behind this.
     """
     if not state.in_flight or state.deadlines.next_s == math.inf:
         return now
     record = state.in_flight[-1]
-    step_s = state.forecast.decode.at(record.num_decoding) or 0.0
-    step_s += record.num_prompt_tokens * (state.costs.prompt_token_s or 0.0)
-    return max(now, max(record.planned_s, state.last_result_s) + step_s)
+    decode_s = state.forecast.decode.at(record.num_decoding) or 0.0
+    step_s = decode_s + record.num_prompt_tokens * (state.costs.prompt_token_s or 0.0)
+    return max(now, max(record.planned_s, state.last_result_s) + step_s + decode_s / 2)
 
 
 def prompt_budget(state: State, max_step_tokens: int, *, num_decoding: int, now: float) -> int:
