@@ -10,6 +10,8 @@ _MAX_CONNECTIONS = 16_384
 _OWN_FILES = 256
 """Descriptors that a front needs beside its connections."""
 _METADATA_BYTES = 8 * 1024
+_REFUSED_STREAMS = 1024
+"""That a connection may have beside those that are served, while they are told so."""
 _HANDSHAKE_MS = 10_000
 """For a connection to become one of HTTP/2; gRPC's own bound is two minutes."""
 
@@ -26,8 +28,9 @@ def connection_options(config: SchedulerConfig) -> tuple[tuple[str, int], ...]:
     """Returns the options of a server; raises this process's limit of open files for it."""
     return (
         ("grpc.max_allowed_incoming_connections", _max_connections()),
-        # One connection may have them all; more wait in their client.
-        ("grpc.max_concurrent_streams", max_streams(config)),
+        # One connection may have them all. Those past them are refused by a status that says when
+        # to come again; past this bound a stream is reset, which meshes take for UNAVAILABLE.
+        ("grpc.max_concurrent_streams", max_streams(config) + _REFUSED_STREAMS),
         ("grpc.max_metadata_size", _METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
