@@ -105,7 +105,7 @@ async def serving(model: Path, options: list[str]) -> AsyncIterator[AsyncClient]
     with tempfile.TemporaryDirectory(prefix="tokenloom-demo-") as run_dir:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tokenloom.scheduler", "serve", str(model)),
-            *("--listen", "127.0.0.1:0", "--run-dir", run_dir, *options),
+            *("--listen", "127.0.0.1:0", "--run-dir", run_dir, "--log-level", "warning", *options),
         )
         try:
             address = await _unless_exited(process, _address(Path(run_dir)))
