@@ -3,10 +3,12 @@
 The order of claims on a step's token budget is: one token for every request in
 steady decode, then the prompts that are being computed, oldest first, then
 new requests from the queue, in its order and never past one that does not fit.
+Of several tenants the one that was served least has the next turn, with both (`queue.py`).
 A running request only ever lacks the block for its next token; if the pool has
-none, the youngest request gives way. The oldest one therefore always goes on,
-and each request becomes the oldest in time: nobody starves. While there are suspects of crashes
-(`crashes.py`), they come first, each alone.
+none, the youngest request gives way, of several tenants that of the one that holds most
+(`sharing.py`). The oldest one therefore always goes on, and each request becomes the oldest in
+time: nobody starves. While there are suspects of crashes (`crashes.py`), they come first, each
+alone.
 
 How many prompt tokens a step takes is `prompt_budget`. Large steps compute prompts at the
 highest rate, and every stream in decode waits for their end:
