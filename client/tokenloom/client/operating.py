@@ -99,6 +99,9 @@ def profile(argv: Sequence[str]) -> int:
     return _run(args, call)
 
 
+NOT_HERE = "callers are served there, and operators where the server's --admin-listen says"
+"""What UNIMPLEMENTED means to an operator."""
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "drain": drain,
     "abort": abort,
@@ -136,4 +139,6 @@ def _translated() -> Iterator[None]:
     except grpc.RpcError as rpc_error:
         call = cast("grpc.Call", rpc_error)
         trailers = call.trailing_metadata() or ()
-        raise error_from_status(call.code(), call.details() or "", trailers) from rpc_error
+        is_here = call.code() is not grpc.StatusCode.UNIMPLEMENTED
+        message = (call.details() or "") if is_here else NOT_HERE
+        raise error_from_status(call.code(), message, trailers) from rpc_error

@@ -151,7 +151,7 @@ def serve(argv: Sequence[str]) -> int:
         "--standby",
         action=argparse.BooleanOptionalAction,
         help="keep a process beside each worker, some 0.7 GiB of the host's memory, that takes its"
-        " place sooner when it is lost (default: where there are GPUs)",
+        " place sooner when it is lost (default: yes, but not with --device cpu)",
     )
     args = parser.parse_args(argv)
     if importlib.util.find_spec("tokenloom.worker") is None:

@@ -12,6 +12,7 @@ from typing import Self, cast
 import grpc
 
 from tokenloom.client.errors import TokenloomError
+from tokenloom.client.operating import NOT_HERE
 from tokenloom.client.top.rows import Sample, Sight
 from tokenloom.v1 import admin_pb2 as pb
 from tokenloom.v1.admin_pb2_grpc import AdminStub
@@ -105,6 +106,8 @@ class Watch:
                 self._see(place, report)
         except grpc.RpcError as rpc_error:
             status = cast("grpc.Call", rpc_error)
+            if status.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return NOT_HERE
             return f"{status.code().name}: {status.details()}"
         except TokenloomError as error:  # there is no token in its file
             return str(error)
